@@ -1,0 +1,1 @@
+"""Watch, judge, decide, act: fewer or smaller experts, with proof of what changed."""

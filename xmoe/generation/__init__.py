@@ -1,0 +1,1 @@
+"""From logits to text: caches, sampling, the decoding loop, speculative decoding, Harmony."""

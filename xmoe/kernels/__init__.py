@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: each operation as a plain reference and as fast paths, chosen in `dispatch`."""

@@ -1,0 +1,1 @@
+"""The network: configuration, rotary embedding, attention, router, experts, transformer."""

@@ -1,0 +1,1 @@
+"""Number formats: tensor -> tensor; no module of the model knows about them."""

@@ -1,0 +1,1 @@
+"""From text to weights: optimizers, losses, metrics, the loop."""

@@ -1,1 +1,6 @@
-"""Number formats: tensor -> tensor; no module of the model knows about them."""
+"""Number formats: tensor in, tensor out. No module of the model is known here.
+
+mxfp4.py    4-bit floats, 32 to a block with one power-of-two scale: the format of GPT-OSS experts
+integer.py  int8 and int4 with one scale (and, when affine, one zero point) a group
+packed.py   PackedWeight: a stack of expert matrices in any of these formats
+"""

@@ -1,0 +1,96 @@
+"""One container over all formats: decode, rows of experts, bytes, and its behaviour as a module."""
+
+import pytest
+import torch
+from torch import nn
+
+from xmoe.errors import CheckpointError, ConfigError
+from xmoe.quantization import mxfp4
+from xmoe.quantization.packed import PackedWeight
+
+CASES = [
+    ("mxfp4", {}, 5 * 6 * 96 * 17 // 32),
+    ("int8", {}, 5 * 6 * (96 + 2)),
+    ("int8", {"group_size": 32, "affine": True}, 5 * 6 * (96 + 3 * 3)),
+    ("int4", {"group_size": 32}, 5 * 6 * (48 + 3 * 2)),
+    ("int4", {"group_size": 32, "affine": True}, 5 * 6 * (48 + 3 * 3)),
+]
+
+
+@pytest.fixture
+def weight():
+    return torch.randn(5, 6, 96, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("format", "options", "nbytes"), CASES)
+def test_decode_select_and_bytes(weight, format, options, nbytes):
+    packed = PackedWeight.encode(weight, format, **options)
+    assert packed.shape == (5, 6, 96) and packed.nbytes == nbytes
+    dense = packed.decode(dtype=torch.float32)
+    assert dense.shape == weight.shape
+    assert (dense - weight).norm() < 0.15 * weight.norm()
+    assert packed.decode().dtype == torch.bfloat16
+    for ids in ([3, 0], torch.tensor([4]), [2, 2], []):
+        rows = torch.as_tensor(ids, dtype=torch.long)
+        assert torch.equal(packed.decode(ids, torch.float32), dense[rows])
+        chosen = packed.select_experts(ids)
+        assert chosen.shape == (len(rows), 6, 96) and chosen.format == format
+        for name, tensor in chosen.tensors.items():
+            assert torch.equal(tensor, packed.tensors[name][rows])
+
+
+def test_selected_experts_share_no_memory(weight):
+    packed = PackedWeight.encode(weight)
+    chosen = packed.select_experts([1])
+    chosen.blocks.zero_()
+    assert packed.blocks[1].any()
+
+
+@pytest.mark.parametrize(("format", "options", "_"), CASES)
+def test_as_a_submodule(weight, format, options, _):
+    """Its tensors stand in the state dict under its name, are no parameters, and survive a change of dtype."""
+    owner = nn.Module()
+    owner.gate_up = nn.Parameter(torch.empty(5, 6, 96, device="meta"))
+    del owner.gate_up
+    owner.gate_up = PackedWeight.encode(weight, format, **options)
+    assert {"gate_up." + n for n in owner.gate_up.tensors} == set(owner.state_dict())
+    assert not list(owner.parameters())
+    before = owner.gate_up.decode(dtype=torch.float32)
+    owner.float().bfloat16()
+    assert torch.equal(owner.gate_up.decode(dtype=torch.float32), before)
+    assert owner.gate_up.device == torch.device("cpu")
+
+
+def test_on_the_meta_device():
+    packed = PackedWeight(
+        "mxfp4",
+        {
+            "blocks": torch.empty(32, 5760, 90, 16, dtype=torch.uint8, device="meta"),
+            "scales": torch.empty(32, 5760, 90, dtype=torch.uint8, device="meta"),
+        },
+    )
+    assert packed.shape == (32, 5760, 2880)
+    assert packed.nbytes == 32 * 5760 * 2880 * 17 // 32
+    assert packed.decode().shape == packed.shape
+
+
+def test_rules_reach_the_encoder(weight):
+    packed = PackedWeight.encode(weight, "mxfp4", rule="ceil")
+    assert torch.equal(packed.scales, mxfp4.encode(weight, "ceil")[1])
+
+
+def test_mistakes(weight):
+    packed = PackedWeight.encode(weight)
+    for ids in ([5], [-1], [0, 9]):
+        with pytest.raises(ConfigError, match=r"0\.\.4"):
+            packed.decode(ids)
+    with pytest.raises(ConfigError, match="mxfp4, int8, int4"):
+        PackedWeight.encode(weight, "fp8")
+    with pytest.raises(CheckpointError, match="missing scales"):
+        PackedWeight("mxfp4", {"blocks": packed.blocks})
+    with pytest.raises(CheckpointError, match="no tensor zeros"):
+        PackedWeight("mxfp4", packed.tensors | {"zeros": packed.scales})
+    with pytest.raises(CheckpointError, match="begin with"):
+        PackedWeight("mxfp4", {"blocks": packed.blocks, "scales": packed.scales[:4]})
+    with pytest.raises(CheckpointError, match=r"\[\.\.\., G, 16\]"):
+        PackedWeight("mxfp4", {"blocks": packed.blocks, "scales": packed.scales[..., :2]})

@@ -1,0 +1,218 @@
+"""MXFP4: 4-bit floating point (E2M1) in groups of 32 that share one power-of-two scale (E8M0).
+
+Source: OCP Microscaling Formats specification 1.0; the byte order is that of the published GPT-OSS weights.
+
+A group is 32 consecutive *input* features of a row. It is stored as
+    blocks  uint8 [..., in/32, 16]   byte j holds element 2j in its low nibble and element 2j+1 in its high nibble
+    scales  uint8 [..., in/32]       value = element * 2^(scale - 127); 255 means NaN and is refused
+A nibble is sign * 8 + code, and codes 0..7 stand for 0, 0.5, 1, 1.5, 2, 3, 4, 6. That is 4.25 bits a weight.
+
+Decoding is exact in bfloat16 and float32. Encoding has to pick each group's scale, and there are three rules (see
+:data:`RULES`); re-encoding decoded values returns the same values under each of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import torch
+from torch import Tensor
+
+from xmoe.errors import CheckpointError, ConfigError
+
+GROUP = 32
+"""Consecutive input features that share a scale."""
+
+VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""What the magnitude codes 0..7 stand for."""
+
+NAN_SCALE = 255
+
+RULES = ("best", "ocp", "ceil")
+"""How the scale of a group is chosen, given amax, the largest magnitude in it:
+
+ocp   floor(log2 amax) - 2, as the specification says; groups with amax above 6 * scale saturate
+ceil  ceil(log2(amax / 6)) of the bfloat16 weights, as most other encoders do; nothing saturates
+best  whichever of the ocp scale, its half and its double has the least squared error (ours)
+"""
+
+# Lowest exponent of an E8M0 scale, and the highest whose largest value, 6 * 2^e, is still finite.
+_MIN_EXPONENT, _MAX_EXPONENT = -127, 125
+
+# Groups handled at a time: large enough to drown the call overhead, small enough for the cache.
+_CHUNK = 1 << 16
+
+
+def decode(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Values of packed groups.
+
+    Args:
+        blocks: uint8 [..., G, 16].
+        scales: uint8 [..., G], none of them 255 (see :func:`check_scales`).
+        dtype: bfloat16 and float32 are exact; float16 is refused, because scales exceed its range.
+
+    Returns:
+        [..., 32 * G] of `dtype`.
+    """
+    if dtype not in _WORDS:
+        raise ConfigError(f"MXFP4 cannot be decoded to {dtype}: its scales need the range of bfloat16 or float32")
+    check_shapes(blocks, scales)
+    *lead, groups, _ = blocks.shape
+    word = _WORDS[dtype]
+    pairs = torch.empty((scales.numel(), GROUP // 2), dtype=word, device=blocks.device)
+    if not pairs.is_meta:
+        table = _pairs(dtype, blocks.device)
+        flat_blocks, flat_scales = blocks.reshape(-1, GROUP // 2), scales.reshape(-1)
+        for start in range(0, len(pairs), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            rows = (flat_scales[part].to(torch.int32) << 8).unsqueeze(-1) | flat_blocks[part]
+            torch.index_select(table, 0, rows.view(-1), out=pairs[part].view(-1))
+    return pairs.view(dtype).view(*lead, groups * GROUP)
+
+
+def encode(weight: Tensor, rule: str = "best") -> tuple[Tensor, Tensor]:
+    """Pack the last dimension of `weight` in groups of 32.
+
+    The last dimension must be the *input* features: pass [out, in] matrices, never the transposed dense layout of
+    Hugging Face, where this would silently group outputs.
+
+    Args:
+        weight: [..., in] floating point, `in` a multiple of 32, all values finite.
+        rule: one of :data:`RULES`.
+
+    Returns:
+        blocks uint8 [..., in/32, 16] and scales uint8 [..., in/32]. Ties round to the even code; zeros get code 0,
+        and a group of zeros gets scale byte 0.
+    """
+    if rule not in RULES:
+        raise ConfigError(f"unknown MXFP4 rule {rule!r}; expected one of {', '.join(RULES)}")
+    if weight.ndim == 0 or weight.shape[-1] % GROUP:
+        raise ConfigError(f"MXFP4 needs an input dimension that is a multiple of {GROUP}, found {list(weight.shape)}")
+    *lead, width = weight.shape
+    groups = weight.detach().reshape(-1, GROUP)
+    blocks = torch.empty((len(groups), GROUP // 2), dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(len(groups), dtype=torch.uint8, device=weight.device)
+    if not blocks.is_meta:
+        for start in range(0, len(groups), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            blocks[part], scales[part] = _encode_groups(groups[part], rule)
+    return blocks.view(*lead, width // GROUP, GROUP // 2), scales.view(*lead, width // GROUP)
+
+
+def check_scales(scales: Tensor, name: str = "scales") -> None:
+    """Raise :class:`CheckpointError` where a scale byte is 255, which the format reserves for NaN."""
+    if not scales.is_meta and scales.numel() and int(scales.max()) == NAN_SCALE:
+        count = int((scales == NAN_SCALE).sum())
+        raise CheckpointError(
+            f"{name}: {count} scale byte{'s are' if count > 1 else ' is'} 255, which means NaN in MXFP4; "
+            "the file is damaged, download or convert it again"
+        )
+
+
+def to_gguf(blocks: Tensor, scales: Tensor) -> Tensor:
+    """The same values in GGUF's order (type 39): uint8 [..., G, 17].
+
+    Each group becomes its scale byte followed by 16 bytes whose byte j holds element j (low) and element j + 16 (high).
+    """
+    check_shapes(blocks, scales)
+    nibbles = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2)
+    first, second = nibbles.split(GROUP // 2, dim=-1)
+    return torch.cat((scales.unsqueeze(-1), first | second << 4), dim=-1)
+
+
+def check_shapes(blocks: Tensor, scales: Tensor) -> None:
+    """Raise :class:`CheckpointError` unless the two are uint8 [..., G, 16] and [..., G]."""
+    if blocks.dtype != torch.uint8 or scales.dtype != torch.uint8:
+        raise CheckpointError(f"MXFP4 blocks and scales must be uint8, found {blocks.dtype} and {scales.dtype}")
+    if blocks.ndim < 2 or blocks.shape[-1] != GROUP // 2 or blocks.shape[:-1] != scales.shape:
+        raise CheckpointError(
+            f"MXFP4 blocks [..., G, 16] and scales [..., G] expected, "
+            f"found {list(blocks.shape)} and {list(scales.shape)}"
+        )
+
+
+# Two decoded values are looked up at once, as one integer as wide as both.
+_WORDS = {torch.bfloat16: torch.int32, torch.float32: torch.int64}
+
+
+@functools.lru_cache(maxsize=8)
+def _pairs(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The answer for every (scale byte, block byte), as int32 or int64 [65536].
+
+    65,536 answers fit the cache, so a lookup is faster than arithmetic; and being built once in float64 they are
+    exact even where the processor flushes subnormal numbers to zero.
+    """
+    magnitude = torch.tensor(VALUES, dtype=torch.float64)
+    value = torch.cat((magnitude, -magnitude))
+    byte = torch.arange(256)
+    pair = torch.stack((value[byte & 15], value[byte >> 4]), dim=-1)  # [256, 2]: low nibble first
+    scale = torch.tensor([2.0 ** (s - 127) for s in range(256)], dtype=torch.float64)
+    table = (scale[:, None, None] * pair).to(dtype)
+    table[NAN_SCALE] = float("nan")
+    return table.view(_WORDS[dtype]).view(-1).to(device)
+
+
+def _encode_groups(groups: Tensor, rule: str) -> tuple[Tensor, Tensor]:
+    """blocks [N, 16] and scales [N] of `groups` [N, 32]."""
+    if rule == "ceil":
+        groups = groups.to(torch.bfloat16)
+    groups = groups.float()
+    amax = groups.abs().amax(dim=-1)
+    if not bool(torch.isfinite(amax).all()):
+        raise CheckpointError("the weights hold NaN or infinity, which MXFP4 cannot express")
+    # Exponents come from the bits of the float: a log2 in floating point errs beside powers of two.
+    mantissa, exponent = torch.frexp(amax)  # amax = mantissa * 2^exponent, mantissa in [0.5, 1)
+    ocp = exponent - 3  # floor(log2 amax) - 2
+    if rule == "ocp":
+        exponent = ocp
+    elif rule == "ceil":
+        exponent = torch.where(mantissa <= 0.75, ocp, ocp + 1)  # amax / 6 = (mantissa / 0.75) * 2^(exponent - 3)
+    else:
+        exponent = _least_error(groups, ocp)
+    exponent = torch.where(amax > 0, exponent, _MIN_EXPONENT).clamp(_MIN_EXPONENT, _MAX_EXPONENT)
+    codes = _codes(groups, exponent)
+    return codes[:, 0::2] | codes[:, 1::2] << 4, (exponent + 127).to(torch.uint8)
+
+
+def _least_error(groups: Tensor, ocp: Tensor) -> Tensor:
+    """For each group the best exponent among ocp, ocp - 1 and ocp + 1; equal errors prefer the earlier one."""
+    value = torch.tensor(VALUES + tuple(-v for v in VALUES), dtype=torch.float32, device=groups.device)
+    best = best_error = None
+    for shift in (0, -1, 1):
+        exponent = (ocp + shift).clamp(_MIN_EXPONENT, _MAX_EXPONENT)
+        # The error in units of this scale, then brought to a common one: weights may be too small to be squared.
+        scaled = _scaled(groups, exponent)
+        error = (value[_codes(groups, exponent).int()] - scaled).square().sum(dim=-1) * 4.0**shift
+        if best is None:
+            best, best_error = exponent, error
+        else:
+            better = error < best_error
+            best, best_error = torch.where(better, exponent, best), torch.where(better, error, best_error)
+    return best
+
+
+def _scaled(groups: Tensor, exponent: Tensor) -> Tensor:
+    """groups * 2^-exponent; the factor is put together from its bits, so it is exact."""
+    return groups * ((127 - exponent).to(torch.int32) << 23).view(torch.float32).unsqueeze(-1)
+
+
+def _codes(groups: Tensor, exponent: Tensor) -> Tensor:
+    """The nearest 4-bit code of each element, uint8 [N, 32]; ties go to the even code."""
+    x = _scaled(groups, exponent)
+    code = torch.bucketize(x.abs(), _thresholds(x.device), out_int32=True).to(torch.uint8)
+    return code | ((x < 0) & (code > 0)).to(torch.uint8) << 3
+
+
+@functools.lru_cache(maxsize=8)
+def _thresholds(device: torch.device) -> Tensor:
+    """Code c holds x with thresholds[c - 1] < x <= thresholds[c].
+
+    The thresholds lie halfway between neighbouring values. At exactly halfway the even code wins, so where the upper
+    code is the even one its threshold sits one float lower.
+    """
+    middle = [(low + high) / 2 for low, high in itertools.pairwise(VALUES)]
+    halfway = torch.tensor(middle, dtype=torch.float32)
+    lower = torch.nextafter(halfway, torch.zeros_like(halfway))
+    upper_is_even = torch.arange(1, len(VALUES)) % 2 == 0
+    return torch.where(upper_is_even, lower, halfway).to(device)

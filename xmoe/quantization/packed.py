@@ -1,0 +1,138 @@
+"""PackedWeight: a stack of expert matrices [E, out, in] in a packed number format, with the expert on dimension 0.
+
+Every tensor of every format has the expert on dimension 0 as well. That is what makes pruning lossless: to keep some
+experts is to select rows, and the packed bytes of those that stay are never decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from xmoe.errors import CheckpointError, ConfigError
+from xmoe.quantization import integer, mxfp4
+
+
+class Format(NamedTuple):
+    """How one number format stores a weight."""
+
+    tensors: tuple[str, ...]
+    """Names of the tensors it always has."""
+    optional: tuple[str, ...]
+    """Names of tensors it may have."""
+    encode: Callable[..., dict[str, Tensor]]
+    decode: Callable[[dict[str, Tensor], torch.dtype], Tensor]
+    inputs: Callable[[Mapping[str, Tensor]], int]
+    """Length of the logical input dimension."""
+
+
+def _encode_mxfp4(weight: Tensor, rule: str = "best") -> dict[str, Tensor]:
+    blocks, scales = mxfp4.encode(weight, rule)
+    return {"blocks": blocks, "scales": scales}
+
+
+def _mxfp4_inputs(tensors: Mapping[str, Tensor]) -> int:
+    mxfp4.check_shapes(tensors["blocks"], tensors["scales"])
+    return tensors["scales"].shape[-1] * mxfp4.GROUP
+
+
+FORMATS: dict[str, Format] = {
+    "mxfp4": Format(
+        ("blocks", "scales"),
+        (),
+        _encode_mxfp4,
+        lambda t, dtype: mxfp4.decode(t["blocks"], t["scales"], dtype),
+        _mxfp4_inputs,
+    ),
+    "int8": Format(
+        ("values", "scales"), ("zeros",), integer.encode_int8, integer.decode_int8, lambda t: t["values"].shape[2]
+    ),
+    "int4": Format(
+        ("values", "scales"), ("zeros",), integer.encode_int4, integer.decode_int4, lambda t: t["values"].shape[2] * 2
+    ),
+}
+
+
+class PackedWeight(nn.Module):
+    """Expert matrices [E, out, in] held packed.
+
+    Attributes:
+        format: a key of :data:`FORMATS`.
+        shape: (E, out, in), the logical shape.
+
+    The packed tensors are buffers under their own names (`blocks` and `scales` for MXFP4), so they move with the model
+    and stand in its state dict, and no optimizer sees them.
+    """
+
+    format: str
+    shape: tuple[int, int, int]
+
+    def __init__(self, format: str, tensors: Mapping[str, Tensor]):
+        super().__init__()
+        if format not in FORMATS:
+            raise ConfigError(f"unknown weight format {format!r}; expected one of {', '.join(FORMATS)}")
+        known = FORMATS[format]
+        if missing := [name for name in known.tensors if name not in tensors]:
+            raise CheckpointError(
+                f"a {format} weight needs {' and '.join(known.tensors)}, missing {', '.join(missing)}"
+            )
+        if unknown := [name for name in tensors if name not in known.tensors + known.optional]:
+            raise CheckpointError(f"a {format} weight has no tensor {', '.join(unknown)}")
+        main = tensors[known.tensors[0]]
+        if main.ndim < 3 or any(t.shape[:2] != main.shape[:2] for t in tensors.values()):
+            shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in tensors.items())
+            raise CheckpointError(
+                f"the tensors of a {format} weight must all begin with [experts, out], found {shapes}"
+            )
+        self.format = format
+        self.shape = (main.shape[0], main.shape[1], known.inputs(tensors))
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+    @classmethod
+    def encode(cls, weight: Tensor, format: str = "mxfp4", **options) -> PackedWeight:
+        """Pack [E, out, in].
+
+        Options are those of the format's encoder: `rule` for mxfp4, `group_size` and `affine` for int8 and int4.
+        """
+        if format not in FORMATS:
+            raise ConfigError(f"unknown weight format {format!r}; expected one of {', '.join(FORMATS)}")
+        return cls(format, FORMATS[format].encode(weight, **options))
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The packed tensors by name."""
+        return dict(self.named_buffers(recurse=False))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed tensors, scales and zero points counted."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[FORMATS[self.format].tensors[0]].device
+
+    def decode(self, experts: Sequence[int] | Tensor | None = None, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """Dense weights of `experts` (all of them when None, else ids in the order wanted): [n, out, in] of `dtype`."""
+        return FORMATS[self.format].decode(self.tensors if experts is None else self._rows(experts), dtype)
+
+    def select_experts(self, ids: Sequence[int] | Tensor) -> PackedWeight:
+        """A new weight that holds copies of the experts `ids`, bytes unchanged, in that order."""
+        rows = self._rows(ids)
+        return PackedWeight(self.format, {name: t.clone() if t._is_view() else t for name, t in rows.items()})
+
+    def _rows(self, ids: Sequence[int] | Tensor) -> dict[str, Tensor]:
+        ids = torch.as_tensor(ids, dtype=torch.int64)
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.shape[0]):
+            raise ConfigError(f"expert ids must lie in 0..{self.shape[0] - 1}, found {ids.tolist()}")
+        if ids.numel() == 1:  # one expert, the common case while decoding expert by expert, is a view
+            at = int(ids)
+            return {name: t[at : at + 1] for name, t in self.tensors.items()}
+        return {name: t.index_select(0, ids.to(t.device)) for name, t in self.tensors.items()}
+
+    def extra_repr(self) -> str:
+        return f"{self.format}, shape={self.shape}, {self.nbytes / 1e6:.1f} MB"

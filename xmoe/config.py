@@ -172,8 +172,8 @@ def _build(cls: type[T], key: Key, given: dict[Key, _Given], origins: dict[Key, 
     hints = typing.get_type_hints(cls)
     presets: Mapping[str, Mapping[str, Any]] = getattr(cls, "PRESETS", {})
     values: dict[str, Any] = {}
-    if presets and (key + ("preset",)) in given:
-        chosen = given.pop(key + ("preset",))
+    if presets and ((*key, "preset")) in given:
+        chosen = given.pop((*key, "preset"))
         if chosen.value not in presets:
             raise ConfigError(
                 f"{_at(chosen.origin)}unknown preset {chosen.value!r} for {'.'.join(key) or cls.__name__}"

@@ -139,10 +139,12 @@ def _read(path: Path, allow_base: bool) -> dict[Key, _Given]:
 def _leaves(node: yaml.Node, path: Path, key: Key) -> dict[Key, _Given]:
     """Flatten nested mappings to leaves. A mapping that a field takes whole (a dict) is put together again in `_build`."""
     found: dict[Key, _Given] = {}
+    seen: set[str] = set()
     for key_node, value_node in node.value:
         here = (*key, str(key_node.value))
-        if here in found:
+        if key_node.value in seen:
             raise ConfigError(f"{path}:{_line(key_node)}: key {'.'.join(here)} is given twice")
+        seen.add(key_node.value)
         if isinstance(value_node, yaml.MappingNode) and value_node.value:
             found.update(_leaves(value_node, path, here))
         else:

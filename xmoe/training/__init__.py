@@ -1,1 +1,1 @@
-"""From text to weights: optimizers, losses, metrics, the loop."""
+"""Making a model: optimizers, losses, metrics and the one loop that uses them."""

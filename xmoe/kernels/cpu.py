@@ -1,0 +1,488 @@
+"""The operations of a training step in C: attention with sinks, experts, norm, rotation and the loss on the CPU.
+
+Matrix products of plain layers stay with PyTorch (oneDNN); what lies between them runs in the library that
+`xmoe.kernels.build` compiles at installation. Where there is no library, :func:`available` is False and :func:`reason`
+says why; the portable path serves then. Nothing is ever compiled at run time.
+
+All operations are differentiable. Parameters may be fp32 while the work is done in the autocast dtype: their gradients
+come back in fp32.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from xmoe.kernels import build
+
+ELEMENTS = {torch.bfloat16: "bf16", torch.float32: "f32"}
+_PIECES = 16  # as in cpu_pointwise.c
+# argument types: p pointer, l int64, i int, f float
+_SIGNATURES = {
+    "attention_forward": "p",
+    "attention_backward": "p",
+    "rms_norm_forward": "pipppllf",
+    "rms_norm_backward": "ppipppppll",
+    "rope": "pllpplpllllf",
+    "sort_by_expert": "pplllpppp",
+    "gather_rows": "pppllppp",
+    "swiglu_forward": "pppllffp",
+    "swiglu_backward": "pppllffppppp",
+    "combine": "ppppppplll",
+    "column_sums": "pppllp",
+    "cross_entropy": "ppllfp",
+}
+_TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
+
+
+class _AttentionArguments(ctypes.Structure):
+    """`struct attention` of cpu_attention.h."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "lse", "sinks", "dsinks")]
+        + [(name, ctypes.c_void_p) for name in ("q_pos", "k_pos")]
+        + [(n, ctypes.c_int64) for n in ("batch", "queries", "keys", "groups", "heads_per_group", "head_dim", "window")]
+        + [(f"{n}_stride", ctypes.c_int64 * 3) for n in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")]
+        + [("scale", ctypes.c_float)]
+    )
+
+
+class _Library:
+    """The loaded library: `kernels[name, dtype]` are its functions for the best instruction set of this machine."""
+
+    def __init__(self) -> None:
+        self.reason, self.instruction_set, self.kernels = "", "", {}
+        try:
+            path = build.HERE / build.library_name()
+            if not path.exists():
+                self.reason = "the C kernels are not built; `python -m xmoe.kernels.build` builds them"
+                return
+            library = ctypes.CDLL(str(path))
+        except OSError as error:
+            self.reason = f"the C kernels do not load: {error}"
+            return
+        library.xmoe_best_instruction_set.restype = ctypes.c_char_p
+        self.instruction_set = library.xmoe_best_instruction_set().decode()
+        for name, signature in _SIGNATURES.items():
+            for dtype, element in ELEMENTS.items():
+                function = getattr(library, f"{name}_{element}_{self.instruction_set}")
+                function.argtypes = [_TYPES[t] for t in signature]
+                function.restype = ctypes.c_int if name.startswith("attention") else None
+                self.kernels[name, dtype] = function
+
+
+@functools.cache
+def _library() -> _Library:
+    return _Library()
+
+
+def available() -> bool:
+    """Whether the C library is there and loads."""
+    return bool(_library().kernels)
+
+
+def reason() -> str:
+    """Why :func:`available` is False; empty where it is True."""
+    return _library().reason
+
+
+def describe() -> str:
+    """One line: the instruction set in use, or why there is none."""
+    return f"C kernels, {_library().instruction_set}" if available() else reason()
+
+
+def _run(name: str, dtype: torch.dtype, *arguments: int | float | Tensor | None) -> None:
+    values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    if _library().kernels[name, dtype](*values):  # only attention answers: 1 when it found no memory
+        raise MemoryError(f"no memory for the workspace of {name}")
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype an operation on x works in: autocast's inside autocast, else x's own."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+# ------------------------------------------------------------------------------------------------ matrix products
+
+
+@functools.cache
+def _prefers_onednn() -> bool:
+    """Whether fp32 products go through oneDNN: on AMD, MKL reaches less than half of its speed (measured 2.3x on Zen 5).
+
+    The operator is private to PyTorch, hence the check that it is there and gives what `linear` gives. The choice
+    follows the processor's maker and not a timing, so that a resumed run repeats the same bits.
+    """
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            if "AuthenticAMD" not in file.read(2000):
+                return False
+        x, w, b = torch.rand(3, 5), torch.rand(4, 5), torch.rand(4)
+        found = torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
+        strided = torch.ops.mkldnn._linear_pointwise(x.t(), torch.rand(3, 4).t(), None, "none", [], "")
+        return torch.allclose(found, torch.nn.functional.linear(x, w, b)) and strided.shape == (5, 4)
+    except (OSError, RuntimeError, AttributeError, NotImplementedError):
+        return False
+
+
+def _times(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a [m, k] times b [k, n], into `out` where it is given; any strides."""
+    if a.dtype == torch.float32 and _prefers_onednn() and min(a.shape[0], b.shape[1], b.shape[0]) >= 16:
+        result = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+        return result if out is None else out.copy_(result)
+    return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
+
+
+def _column_sums(rows: Tensor) -> Tensor:
+    """Sums over the rows of [N, width] in fp32."""
+    out = torch.empty(rows.shape[1], dtype=torch.float32)
+    offsets = torch.tensor([0, rows.shape[0]])
+    _run("column_sums", rows.dtype, rows, None, offsets, 1, rows.shape[1], out)
+    return out
+
+
+class _Linear(Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        rows, w = x.reshape(-1, x.shape[-1]).to(dtype), weight.to(dtype)
+        y = _times(rows, w.t())
+        if bias is not None:
+            y += bias.to(dtype)
+        ctx.save_for_backward(rows, w)
+        ctx.shape, ctx.bias = x.shape, bias is not None
+        ctx.types = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return y.view(*x.shape[:-1], w.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        rows, w = ctx.saved_tensors
+        grad = grad.reshape(-1, w.shape[0]).contiguous()
+        dx = _times(grad, w).view(ctx.shape).to(ctx.types[0]) if ctx.needs_input_grad[0] else None
+        dw = _times(grad.t(), rows).to(ctx.types[1]) if ctx.needs_input_grad[1] else None
+        db = _column_sums(grad).to(ctx.types[2]) if ctx.bias and ctx.needs_input_grad[2] else None
+        return dx, dw, db, None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See :func:`xmoe.kernels.reference.linear`."""
+    return _Linear.apply(x, weight, bias, compute_dtype(x))
+
+
+# ------------------------------------------------------------------------------------------------ norm and rotation
+
+
+class _RMSNorm(Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        if x.dtype not in (dtype, torch.float32):
+            x = x.to(dtype)
+        x, w = x.contiguous(), weight.float().contiguous()
+        width = x.shape[-1]
+        rows = x.numel() // width
+        y = torch.empty(x.shape, dtype=dtype)
+        scale = torch.empty(rows, dtype=torch.float32)
+        _run("rms_norm_forward", dtype, x, x.dtype == torch.float32, w, y, scale, rows, width, eps)
+        ctx.save_for_backward(x, w, scale)
+        ctx.dtype, ctx.weight_dtype = dtype, weight.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, w, scale = ctx.saved_tensors
+        grad = grad.to(ctx.dtype).contiguous()
+        dx, dw = torch.empty_like(x), torch.empty_like(w)
+        room = torch.empty(_PIECES, w.numel())
+        is_float = x.dtype == torch.float32
+        rows, width = scale.numel(), w.numel()
+        _run("rms_norm_backward", ctx.dtype, grad, x, is_float, w, scale, dx, dw, room, rows, width)
+        return dx, dw.to(ctx.weight_dtype), None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See :func:`xmoe.kernels.reference.rms_norm`; inside autocast the result has its dtype, ready for a product."""
+    return _RMSNorm.apply(x, weight, eps, compute_dtype(x))
+
+
+def _packed_heads(x: Tensor) -> Tensor:
+    """x [B, S, N, Dh] with the heads of a token side by side, copied only where they are not."""
+    return x if x.stride(3) == 1 and (x.stride(2) == x.shape[3] or x.shape[2] == 1) else x.contiguous()
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+    x = _packed_heads(x)
+    B, S, N, Dh = x.shape
+    y = torch.empty(x.shape, dtype=x.dtype)
+    angle_batch = 0 if cos.shape[0] == 1 else cos.stride(0)
+    _run("rope", x.dtype, x, x.stride(0), x.stride(1), cos, sin, angle_batch, y, B, S, N, Dh, direction)
+    return y
+
+
+class _Rope(Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin, 1.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        return _rotate(grad, *ctx.saved_tensors, -1.0), None, None
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """See :func:`xmoe.kernels.reference.rope`."""
+    return _Rope.apply(x, cos.float().contiguous(), sin.float().contiguous())
+
+
+# ------------------------------------------------------------------------------------------------ attention
+
+
+class _Attention(Function):
+    @staticmethod
+    def forward(ctx, q, k, v, sinks, window, q_pos, k_pos, scale, keep: bool) -> Tensor:
+        B, S, H, Dh = q.shape
+        L, G = k.shape[1:3]
+        q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+        out = torch.empty(B, S, H, Dh, dtype=q.dtype)
+        lse = torch.empty(B, G, S * (H // G), dtype=torch.float32) if keep else None
+        logits = None if sinks is None else sinks.float().contiguous()
+        arguments = _AttentionArguments(
+            batch=B, queries=S, keys=L, groups=G, heads_per_group=H // G, head_dim=Dh, window=window or 0, scale=scale
+        )
+        _place(arguments, q=q, k=k, v=v, out=out)
+        _point(arguments, lse=lse, sinks=logits, q_pos=q_pos, k_pos=k_pos)
+        _run("attention_forward", q.dtype, ctypes.addressof(arguments))
+        if keep:
+            ctx.save_for_backward(q, k, v, logits, q_pos, k_pos, out, lse)
+            ctx.arguments, ctx.sinks_dtype = arguments, None if sinks is None else sinks.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        q, k, v, sinks, q_pos, k_pos, out, lse = ctx.saved_tensors
+        arguments, H = ctx.arguments, q.shape[2]
+        grad = grad.to(q.dtype)
+        grad = grad if grad.stride(3) == 1 else grad.contiguous()
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+        dsinks = torch.zeros(q.shape[0], H)
+        _place(arguments, q=q, k=k, v=v, out=out, dout=grad, dq=dq, dk=dk, dv=dv)
+        _point(arguments, lse=lse, sinks=sinks, q_pos=q_pos, k_pos=k_pos, dsinks=dsinks)
+        _run("attention_backward", q.dtype, ctypes.addressof(arguments))
+        dsinks = None if sinks is None else dsinks.sum(0).to(ctx.sinks_dtype)
+        return dq, dk, dv, dsinks, None, None, None, None, None
+
+
+def _point(arguments: _AttentionArguments, **tensors: Tensor | None) -> None:
+    """Enter addresses."""
+    for name, x in tensors.items():
+        setattr(arguments, name, None if x is None else x.data_ptr())
+
+
+def _place(arguments: _AttentionArguments, **tensors: Tensor) -> None:
+    """Enter addresses and strides of [batch, token, head, head_dim] tensors."""
+    _point(arguments, **tensors)
+    for name, x in tensors.items():
+        setattr(arguments, f"{name}_stride", (ctypes.c_int64 * 3)(*x.stride()[:3]))
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    *,
+    window: int | None = None,
+    q_pos: Tensor | None = None,
+    k_pos: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """See :func:`xmoe.kernels.reference.attention`. q, k and v may be slices of one tensor: nothing is copied."""
+    dtype = compute_dtype(q)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if q_pos is not None:
+        q_pos, k_pos = (p.expand(q.shape[0], -1).contiguous() for p in (q_pos, k_pos))
+    keep = torch.is_grad_enabled()
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _Attention.apply(q, k, v, sinks, window, q_pos, k_pos, scale, keep)
+
+
+# ------------------------------------------------------------------------------------------------ experts
+
+
+def _each_expert(offsets: list[int], product: Callable[[int, slice], None]) -> None:
+    """Call product(expert, its rows) for every expert that has rows."""
+    for e, (first, last) in enumerate(itertools.pairwise(offsets)):
+        if last > first:
+            product(e, slice(first, last))
+
+
+class _Experts(Function):
+    """Rows sorted by expert; per expert two products. Only x's and the pre-activation's rows are kept.
+
+    The gradient of a routing weight is <f_e(x), dy> = <act, W2^T dy> + <b2, dy>, so the output of `down` is never
+    stored, and act itself is recomputed from the pre-activation (SonicMoE, arXiv 2512.14080).
+    """
+
+    @staticmethod
+    def forward(ctx, x, indices, weights, gate_up, gate_up_bias, down, down_bias, limit, alpha, norms, dtype):
+        (T, D), K, (E, F2, _) = x.shape, indices.shape[1], gate_up.shape
+        F = F2 // 2
+        x, indices, weights = x.to(dtype).contiguous(), indices.contiguous(), weights.float().contiguous()
+        b1, b2 = gate_up_bias.float().contiguous(), down_bias.float().contiguous()
+        offsets = torch.empty(E + 1, dtype=torch.int64)
+        place, token = torch.empty(T, K, dtype=torch.int64), torch.empty(T * K, dtype=torch.int64)
+        row_weight = torch.empty(T * K, dtype=torch.float32)
+        _run("sort_by_expert", dtype, indices, weights, T * K, K, E, offsets, token, row_weight, place)
+        bounds = offsets.tolist()
+        rows = bounds[-1]
+        sorted_x = torch.empty(rows, D, dtype=dtype)
+        _run("gather_rows", dtype, x, token, sorted_x, rows, D, None, None, None)
+        hidden = torch.empty(rows, F2, dtype=dtype)
+        _each_expert(bounds, lambda e, s: _times(sorted_x[s], gate_up[e].to(dtype).t(), hidden[s]))
+        act = torch.empty(rows, F, dtype=dtype)
+        _run("swiglu_forward", dtype, hidden, b1, offsets, rows, F, limit, alpha, act)
+        out = torch.empty(rows, D, dtype=dtype)
+        _each_expert(bounds, lambda e, s: _times(act[s], down[e].to(dtype).t(), out[s]))
+        y = torch.empty(T, D, dtype=dtype)
+        lengths = torch.empty(T, K, dtype=torch.float32) if norms else None
+        _run("combine", dtype, out, place, indices, weights, b2, y, lengths, T, K, D)
+        ctx.save_for_backward(x, hidden, gate_up, b1, down, b2, offsets, place, token, row_weight)
+        ctx.bounds, ctx.limit, ctx.alpha = bounds, limit, alpha
+        ctx.bias_types = (gate_up_bias.dtype, down_bias.dtype)
+        if lengths is not None:
+            ctx.mark_non_differentiable(lengths)
+        return y, lengths
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):
+        x, hidden, gate_up, b1, down, b2, offsets, place, token, row_weight = ctx.saved_tensors
+        dtype, bounds, rows = x.dtype, ctx.bounds, ctx.bounds[-1]
+        (T, D), K, (E, F2, _), F = x.shape, place.shape[1], gate_up.shape, down.shape[2]
+        grad = grad.to(dtype).contiguous()
+        dout, dweight = torch.empty(rows, D, dtype=dtype), torch.zeros(rows)
+        _run("gather_rows", dtype, grad, token, dout, rows, D, b2, offsets, dweight)
+        dact = torch.empty(rows, F, dtype=dtype)
+        _each_expert(bounds, lambda e, s: _times(dout[s], down[e].to(dtype), dact[s]))
+        weighted, dhidden = torch.empty(rows, F, dtype=dtype), torch.empty(rows, F2, dtype=dtype)
+        _run(
+            "swiglu_backward", dtype, hidden, b1, offsets, rows, F, ctx.limit, ctx.alpha,
+            row_weight, dact, weighted, dhidden, dweight,
+        )  # fmt: skip
+        dx_rows = torch.empty(rows, D, dtype=dtype)
+        _each_expert(bounds, lambda e, s: _times(dhidden[s], gate_up[e].to(dtype), dx_rows[s]))
+        dw2 = _expert_gradients(bounds, dout, weighted, down.dtype)
+        sorted_x = torch.empty(rows, D, dtype=dtype)
+        _run("gather_rows", dtype, x, token, sorted_x, rows, D, None, None, None)
+        dw1 = _expert_gradients(bounds, dhidden, sorted_x, gate_up.dtype)
+        db1, db2 = torch.empty(E, F2), torch.empty(E, D)
+        _run("column_sums", dtype, dhidden, None, offsets, E, F2, db1)
+        _run("column_sums", dtype, dout, row_weight, offsets, E, D, db2)
+        dx = torch.empty(T, D, dtype=dtype)
+        _run("combine", dtype, dx_rows, place, None, None, None, dx, None, T, K, D)
+        dweights = torch.where(place < 0, 0.0, dweight[place.clamp(min=0)] if rows else 0.0)
+        return (
+            dx,
+            None,
+            dweights,
+            dw1,
+            db1.to(ctx.bias_types[0]),
+            dw2,
+            db2.to(ctx.bias_types[1]),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _expert_gradients(bounds: list[int], left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """out[e] = left[rows of e]^T right[rows of e], zero for an expert without rows."""
+    out = torch.empty(len(bounds) - 1, left.shape[1], right.shape[1], dtype=dtype)
+    room = None if dtype == left.dtype else torch.empty(left.shape[1], right.shape[1], dtype=left.dtype)
+    for e, (first, last) in enumerate(itertools.pairwise(bounds)):
+        if first == last:
+            out[e].zero_()
+        elif room is None:
+            _times(left[first:last].t(), right[first:last], out[e])
+        else:  # the product rounds to its own type; converted while it is still in the cache
+            out[e].copy_(_times(left[first:last].t(), right[first:last], room))
+    return out
+
+
+def experts(
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    gate_up_bias: Tensor,
+    down: Tensor,
+    down_bias: Tensor,
+    *,
+    limit: float = 7.0,
+    alpha: float = 1.702,
+    norms: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """See :func:`xmoe.kernels.reference.experts`; dense weights only."""
+    dtype = compute_dtype(x)
+    return _Experts.apply(x, indices, weights, gate_up, gate_up_bias, down, down_bias, limit, alpha, norms, dtype)
+
+
+# ------------------------------------------------------------------------------------------------ loss
+
+_LOGIT_BYTES = 128 << 20  # most memory for logits at a time
+_LOGIT_ROWS = 256  # rows whose softmax follows their product while they are in the cache
+
+
+class _LinearCrossEntropy(Function):
+    """The gradient of the logits is known as soon as they are, so it replaces them and both products follow at once."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, dtype, needs_grad: bool) -> Tensor:
+        (T, D), V = hidden.shape, weight.shape[0]
+        h, w = hidden.to(dtype).contiguous(), weight.to(dtype)
+        scale = 1.0 / max(int((targets >= 0).sum()), 1)
+        losses = torch.empty(T, dtype=torch.float32)
+        dh = torch.empty(T, D, dtype=dtype) if needs_grad else None
+        dw = None
+        block = max(_LOGIT_ROWS, _LOGIT_BYTES // (V * h.element_size()) // _LOGIT_ROWS * _LOGIT_ROWS)
+        logits = torch.empty(min(block if needs_grad else _LOGIT_ROWS, T), V, dtype=dtype)
+        for start in range(0, T, len(logits)):
+            count = min(len(logits), T - start)
+            for first in range(0, count, _LOGIT_ROWS):
+                part = logits[first : min(first + _LOGIT_ROWS, count)]
+                s = slice(start + first, start + first + len(part))
+                _times(h[s], w.t(), part)
+                _run("cross_entropy", dtype, part, targets[s], len(part), V, scale, losses[s])
+                if dh is not None:
+                    _times(part, w, dh[s])
+            if dh is not None:
+                product = _times(logits[:count].t(), h[start : start + count])
+                dw = product.float() if dw is None else dw.add_(product)
+        ctx.save_for_backward(dh, dw)
+        ctx.types = (hidden.dtype, weight.dtype)
+        return losses.sum() * scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        dh, dw = ctx.saved_tensors
+        by = float(grad)
+        if by != 1.0:
+            dh, dw = dh * by, dw * by
+        return dh.to(ctx.types[0]), dw.to(ctx.types[1]), None, None, None
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """See :func:`xmoe.kernels.reference.linear_cross_entropy`; logits exist for a bounded number of rows at a time."""
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _LinearCrossEntropy.apply(hidden, weight, targets.contiguous(), compute_dtype(hidden), needs_grad)

@@ -1,0 +1,16 @@
+"""Measures any model through two doors: its logits (benchmark.py) and its stream of text (deployment.py)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["evaluate"]
+
+
+def __getattr__(name: str) -> Any:
+    """`evaluate` is imported on first use, so that reading reports does not load torch."""
+    if name == "evaluate":
+        from evaluation.runner import evaluate
+
+        return evaluate
+    raise AttributeError(f"module 'evaluation' has no attribute {name!r}")

@@ -21,10 +21,15 @@ _HOME = {
     "load": "xmoe.checkpoint.weights",
     "save": "xmoe.checkpoint.weights",
     "Tokenizer": "xmoe.data.tokenizer",
-    "batches": "xmoe.data.stream",
+    "batches": "xmoe.data.calibration",
     # talk
     "generate": "xmoe.generation.generate",
     "stream": "xmoe.generation.generate",
+    # watch and shrink
+    "record_routing": "xmoe.compression.routing",
+    "plan_pruning": "xmoe.compression.plan",
+    "mask": "xmoe.compression.apply",
+    "prune": "xmoe.compression.apply",
     # errors
     "XmoeError": "xmoe.errors",
     "ConfigError": "xmoe.errors",

@@ -1,0 +1,121 @@
+"""Through a model one layer at a time, with the MoE's inputs in view; the layers may be in memory or come from disk.
+
+`Transformer.forward` takes all layers at once and returns what the routers decided. Some questions need more than that
+(what would the experts that were *not* chosen have said?) and some models do not fit in memory. Both are served by the
+same walk: batches wait between layers as [B, S, D] tensors, a layer is visited by all of them, then it may go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xmoe.errors import DataError
+from xmoe.model.config import ModelConfig
+from xmoe.model.rope import concentration, inverse_frequencies, rope_tables
+from xmoe.model.router import Routing
+from xmoe.model.transformer import Block
+
+
+class Batch(NamedTuple):
+    """tokens int64 [B, S]; mask bool [B, S] or None, True for real tokens; positions [B, S] or None (0 .. S-1)."""
+
+    tokens: Tensor
+    mask: Tensor | None
+    positions: Tensor | None
+
+
+class Visit(NamedTuple):
+    """One batch in one layer: real tokens only.
+
+    inputs [T, D]: what the MoE receives, after its norm. routing: over the same T tokens.
+    """
+
+    batch: int
+    inputs: Tensor
+    routing: Routing
+
+
+def as_batches(batches: Iterable, device: torch.device | str = "cpu") -> Iterator[Batch]:
+    """Tensors [B, S], (tokens, mask) pairs, or anything with `.tokens` and perhaps `.mask`, as :class:`Batch`.
+
+    A mask may pad on either side; positions count real tokens, and padding gets -1.
+    """
+    for item in batches:
+        tokens, mask = (item, None) if isinstance(item, Tensor) else _fields(item)
+        if tokens.dim() != 2:
+            raise DataError(f"a batch has shape {list(tokens.shape)}; expected token ids [batch, sequence]")
+        tokens = tokens.to(device)
+        if mask is None or bool(mask.all()):
+            yield Batch(tokens, None, None)
+            continue
+        mask = mask.to(device=device, dtype=torch.bool)
+        counted = mask.long().cumsum(-1) - 1
+        yield Batch(tokens, mask, counted.masked_fill(~mask, -1))
+
+
+def _fields(item) -> tuple[Tensor, Tensor | None]:
+    if hasattr(item, "tokens"):
+        return item.tokens, getattr(item, "mask", None)
+    if isinstance(item, (tuple, list)) and len(item) == 2:
+        return item[0], item[1]
+    raise DataError(
+        f"a batch is a {type(item).__name__}; expected token ids [batch, sequence], or a pair of ids and mask"
+    )
+
+
+def real_routing(routing: Routing, mask: Tensor | None) -> Routing:
+    """`routing` over the real tokens only."""
+    if mask is None:
+        return routing
+    chosen = mask.reshape(-1)
+    return Routing(*(None if t is None else t[chosen] for t in routing))
+
+
+def through_block(
+    block: Block, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, norms: bool = True
+) -> tuple[Tensor, Tensor, Routing]:
+    """As calling `block` (bit for bit), and the MoE's inputs [B, S, D] between the two outputs."""
+    x = x + block.attn(block.attn_norm(x), cos, sin, positions, None)
+    inputs = block.moe_norm(x)
+    mixture, routing = block.moe(inputs, None, norms)
+    return x + mixture, inputs, routing
+
+
+@torch.no_grad()
+def walk(
+    config: ModelConfig,
+    embed: Callable[[Tensor], Tensor],
+    layers: Iterable[Block],
+    batches: list[Batch],
+    visit: Callable[[int, Block, Iterator[Visit]], None],
+    norms: bool = True,
+) -> list[Tensor]:
+    """Send `batches` through `layers`; `visit(layer, block, visits)` sees every layer once, with all batches passing by.
+
+    Returns:
+        What leaves the last block, one [B, S, D] a batch, before the final norm.
+    """
+    inverse = inverse_frequencies(config)
+    scale = concentration(config)
+    hidden = [embed(batch.tokens) for batch in batches]
+
+    def passing(block: Block) -> Iterator[Visit]:
+        for i, batch in enumerate(batches):
+            x = hidden[i]
+            at = torch.arange(x.shape[1], device=x.device).unsqueeze(0) if batch.positions is None else batch.positions
+            cos, sin = rope_tables(at, inverse.to(x.device), scale)
+            hidden[i], inputs, routing = through_block(block, x, cos, sin, batch.positions, norms)
+            flat = inputs.reshape(-1, inputs.shape[-1])
+            flat = flat if batch.mask is None else flat[batch.mask.reshape(-1)]
+            yield Visit(i, flat, real_routing(routing, batch.mask))
+
+    for layer, block in enumerate(layers):
+        visits = passing(block)
+        visit(layer, block, visits)
+        for _ in visits:  # a visitor may look at some batches only; the rest must pass all the same
+            pass
+    return hidden

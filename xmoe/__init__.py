@@ -30,6 +30,7 @@ _HOME = {
     "plan_pruning": "xmoe.compression.plan",
     "mask": "xmoe.compression.apply",
     "prune": "xmoe.compression.apply",
+    "recover": "xmoe.compression.recover",
     # errors
     "XmoeError": "xmoe.errors",
     "ConfigError": "xmoe.errors",

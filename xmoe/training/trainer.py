@@ -365,10 +365,14 @@ class Trainer:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def _model(self) -> Transformer:
+        model = build(self.config.model, self.device, torch.float32, self.config.train.seed)
         if self.resume_step:
             folder = train_state.step_folder(self.output, self.resume_step)
-            return weights.load(folder, device=self.device, dtype="float32")[0]
-        return build(self.config.model, self.device, torch.float32, self.config.train.seed)
+            saved, _ = weights.load(folder, device=self.device, dtype="float32")
+            # Copied, not adopted: a tensor inside a mapped file may start at an odd address, and matrix products then add up
+            # in another order than they did before the save.
+            model.load_state_dict(saved.state_dict())
+        return model
 
     def _effort(self) -> EffortSampler | None:
         train, model = self.config.train, self.config.model

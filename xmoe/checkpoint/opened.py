@@ -1,0 +1,181 @@
+"""Checkpoint: a folder whose config and every tensor have been checked, read under the model's own names."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from xmoe.checkpoint import config_files
+from xmoe.checkpoint.hub import local_folder
+from xmoe.checkpoint.layouts import (
+    SELECTION_BIAS,
+    Layout,
+    Rule,
+    detect,
+    is_expert_weight,
+    mismatch,
+    native_shapes,
+    packed_shapes,
+    stored_shapes,
+    to_native,
+)
+from xmoe.checkpoint.shards import ShardReader
+from xmoe.errors import CheckpointError
+from xmoe.quantization import mxfp4
+from xmoe.quantization.packed import FORMATS, PackedWeight
+
+
+class Checkpoint:
+    """An opened checkpoint of any layout. Opening reads headers and config.json, no weights.
+
+    Attributes:
+        folder: where it is (downloaded first, if a hub name was given).
+        reader: its tensors under the names they have on disk.
+        layout: one of :data:`xmoe.checkpoint.layouts.LAYOUTS`.
+        config: the model's shape; expert counts come from the weights.
+        extra: keys of config.json that the shape does not need (eos_token_id, what other tools left there).
+
+    Raises:
+        CheckpointError: anything missing, left over, mis-shaped or contradictory. Nothing is loaded by halves.
+    """
+
+    def __init__(self, path: str | Path):
+        self.folder = local_folder(path)
+        file = self.folder / config_files.CONFIG
+        if not file.is_file() and not any(self.folder.glob("*.safetensors")):
+            ShardReader(self.folder)  # says what is there instead of weights
+        content = config_files.read_config(self.folder)
+        self.reader = ShardReader(self.folder)
+        self.layout: Layout = detect(self.reader, self.folder)
+        config_files.check_quantization(content, self.layout, file)
+        experts = self._count_experts(config_files.number_of_layers(content, file))
+        self.config, self.extra = config_files.to_model_config(content, experts, file)
+        if self.config.tie_word_embeddings and self.layout.top[-1].foreign[0] in self.reader:
+            raise CheckpointError(
+                f"{file} says tie_word_embeddings, but the weights have {self.layout.top[-1].foreign[0]}; "
+                "set it to false"
+            )
+        self.shapes = native_shapes(self.config)
+        self.rules: dict[str, Rule] = {rule.native: rule for rule in self.layout.rules(self.config)}
+        self._formats = {n: self._format(n) for n in self.rules if is_expert_weight(n)}
+        self._account()
+
+    # ------------------------------------------------------------------------------------------------------- reading
+
+    def __iter__(self) -> Iterator[str]:
+        """Native names of all tensors, in the order of the model."""
+        return iter(self.rules)
+
+    def format(self, name: str) -> str:
+        """Of an expert weight: "dense" or a format of xmoe.quantization."""
+        return self._formats[name]
+
+    def weight(self, name: str) -> Tensor | PackedWeight:
+        """The native tensor `name` on the CPU, dtype and packing as stored: a view of the mapped file where it can be."""
+        format = self._formats.get(name)
+        if format not in (None, "dense") and self.layout.name == "native":
+            tensors = {n.rpartition(".")[2]: self.reader.tensor(n) for n in self.stored_names(name)}
+            value: Tensor | PackedWeight = PackedWeight(format, tensors)
+        else:
+            rule = self.rules[name]
+            value = to_native(rule, [self.reader.tensor(foreign) for foreign in rule.foreign])
+        if format == "mxfp4":
+            mxfp4.check_scales(value.scales, f"{self.folder}: {name}")
+        return value
+
+    def stored_names(self, name: str) -> list[str]:
+        """What the native tensor `name` is called on disk: one name or several."""
+        if self.layout.name == "native" and self._formats.get(name) not in (None, "dense"):
+            return [n for n in self.reader if n.startswith(name + ".")]
+        return list(self.rules[name].foreign)
+
+    def selection_bias(self, layer: int) -> Tensor | None:
+        """The balancing bias of a layer's router, where the model was trained with one."""
+        name = SELECTION_BIAS.format(i=layer)
+        return self.reader.tensor(name) if name in self.reader else None
+
+    @property
+    def formats(self) -> list[str]:
+        """Formats of the experts, most common first: ["mxfp4"], or ["dense", "int8"] where layers differ."""
+        return [f for f, _ in Counter(self._formats.values()).most_common()]
+
+    # ------------------------------------------------------------------------------------------------------ checking
+
+    def _count_experts(self, layers: int) -> list[int]:
+        """Experts of each layer: rows of its router."""
+        template = next(rule.foreign[0] for rule in self.layout.layer if rule.native.endswith("router.weight"))
+        pattern = re.compile(re.escape(template).replace(re.escape("{i}"), r"(\d+)"))
+        rows = {int(m.group(1)): self.reader[n].shape for n in self.reader if (m := pattern.fullmatch(n))}
+        if len(rows) != layers or set(rows) != set(range(layers)) or any(len(shape) != 2 for shape in rows.values()):
+            raise CheckpointError(
+                f"{self.folder}: config.json says {layers} layers, but the weights have routers ({template}) for "
+                f"{len(rows)}; config and weights are of different models, or a shard is missing"
+            )
+        return [rows[i][0] for i in range(layers)]
+
+    def _format(self, name: str) -> str:
+        if self.layout.experts is not None:
+            return self.layout.experts
+        if f"{name}.blocks" in self.reader or f"{name}.scales" in self.reader:
+            values = f"{name}.values"
+            if values not in self.reader:
+                return "mxfp4"
+            # int4 has two values a byte
+            return "int8" if self.reader[values].shape[-1:] == self.shapes[name][-1:] else "int4"
+        return "dense"
+
+    def _expected(self) -> dict[str, tuple[int, ...]]:
+        expected: dict[str, tuple[int, ...]] = {}
+        for name, rule in self.rules.items():
+            shape, format = self.shapes[name], self._formats.get(name)
+            if self.layout.name != "native" or format in (None, "dense"):
+                expected |= stored_shapes(rule, self.config, shape)
+                continue
+            scales = f"{name}.scales"
+            groups = self.reader[scales].shape[-1] if scales in self.reader and self.reader[scales].shape else 1
+            packed = packed_shapes(format, shape, max(shape[-1] // max(groups, 1), 1))
+            optional = FORMATS[format].optional
+            expected |= {
+                f"{name}.{t}": s for t, s in packed.items() if t not in optional or f"{name}.{t}" in self.reader
+            }
+        if self.layout.name == "native":
+            biases = [(SELECTION_BIAS.format(i=i), i) for i in range(self.config.num_hidden_layers)]
+            expected |= {n: (self.config.experts_in_layer(i),) for n, i in biases if n in self.reader}
+        return expected
+
+    def _account(self) -> None:
+        expected = self._expected()
+        found = {name: info.shape for name, info in self.reader.tensors.items()}
+        if wrong := mismatch(expected, found):
+            hint = ""
+            if self.layout.name == "hf-mxfp4" and any(n.endswith("_scales") and n not in found for n in expected):
+                hint = "; dense experts under packed names are what transformers' save_pretrained leaves behind"
+            raise CheckpointError(f"{self.folder} ({self.layout.name} layout) does not fit its config: {wrong}{hint}")
+        packed = {n for rule in self.rules.values() for n in self._bytes(rule)}
+        for name in expected:
+            dtype = self.reader[name].dtype
+            if name in packed:
+                fits, wanted = dtype in (torch.uint8, torch.int8), "U8"
+            else:
+                fits, wanted = dtype.is_floating_point, "a floating point type"
+            if not fits:
+                raise CheckpointError(f"{self.folder}: {name} has {dtype} where {wanted} was expected")
+
+    def _bytes(self, rule: Rule) -> tuple[str, ...]:
+        """Foreign tensors of a packed weight that hold bytes rather than floats."""
+        format = self._formats.get(rule.native)
+        if format in (None, "dense"):
+            return ()
+        if self.layout.name != "native":
+            return rule.foreign
+        bytes = ("blocks", "scales") if format == "mxfp4" else ("values", "zeros")
+        return tuple(n for n in self.stored_names(rule.native) if n.rpartition(".")[2] in bytes)
+
+    def tensor_dtype(self) -> torch.dtype:
+        """dtype of what is not packed, by the embedding."""
+        return self.reader[self.rules["embed.weight"].foreign[0]].dtype

@@ -21,8 +21,8 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-KERNELS = ("cpu_attention.c", "cpu_pointwise.c")
-SOURCES = ("cpu.c", "cpu_vector.h", "cpu_attention.h", *KERNELS)
+KERNELS = ("cpu_attention.c", "cpu_experts.c", "cpu_pointwise.c")
+SOURCES = ("cpu.c", "cpu_vector.h", "cpu_product.h", "cpu_attention.h", *KERNELS)
 ELEMENTS = {"bf16": ["-DXMOE_ELEMENT_BF16"], "f32": []}
 FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-w"]
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mprefer-vector-width=512"]

@@ -1,8 +1,9 @@
-"""The operations of a training step in C: attention with sinks, experts, norm, rotation and the loss on the CPU.
+"""The operations of a training step in C: products, attention with sinks, experts, norm, rotation and loss on the CPU.
 
-Matrix products of plain layers stay with PyTorch (oneDNN); what lies between them runs in the library that
-`xmoe.kernels.build` compiles at installation. Where there is no library, :func:`available` is False and :func:`reason`
-says why; the portable path serves then. Nothing is ever compiled at run time.
+The library that `xmoe.kernels.build` compiles at installation does all the work, matrix products included: they take
+any number of rows an expert, read fp32 weights beside bf16 activations and write fp32 gradients. Where there is no
+library, :func:`available` is False and :func:`reason` says why; the portable path serves then. Nothing is ever compiled
+at run time.
 
 All operations are differentiable. Parameters may be fp32 while the work is done in the autocast dtype: their gradients
 come back in fp32.
@@ -12,8 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -35,6 +34,8 @@ _SIGNATURES = {
     "gather_rows": "pppllppp",
     "swiglu_forward": "pppllffp",
     "swiglu_backward": "pppllffppppp",
+    "grouped_product": "ppiiplllp",
+    "grouped_gradient": "ppplllpi",
     "combine": "ppppppplll",
     "column_sums": "pppllp",
     "cross_entropy": "ppllfp",
@@ -74,7 +75,7 @@ class _Library:
             for dtype, element in ELEMENTS.items():
                 function = getattr(library, f"{name}_{element}_{self.instruction_set}")
                 function.argtypes = [_TYPES[t] for t in signature]
-                function.restype = ctypes.c_int if name.startswith("attention") else None
+                function.restype = ctypes.c_int if name.startswith(("attention", "grouped")) else None
                 self.kernels[name, dtype] = function
 
 
@@ -100,7 +101,7 @@ def describe() -> str:
 
 def _run(name: str, dtype: torch.dtype, *arguments: int | float | Tensor | None) -> None:
     values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    if _library().kernels[name, dtype](*values):  # only attention answers: 1 when it found no memory
+    if _library().kernels[name, dtype](*values):  # those with a workspace answer 1 when there is no memory for it
         raise MemoryError(f"no memory for the workspace of {name}")
 
 
@@ -112,61 +113,66 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 # ------------------------------------------------------------------------------------------------ matrix products
 
 
-@functools.cache
-def _prefers_onednn() -> bool:
-    """Whether fp32 products go through oneDNN: on AMD, MKL reaches less than half of its speed (measured 2.3x on Zen 5).
+def _whole(rows: int) -> Tensor:
+    """Offsets of `rows` rows that all belong to one expert: a grouped operation as a plain one."""
+    return torch.tensor([0, rows])
 
-    The operator is private to PyTorch, hence the check that it is there and gives what `linear` gives. The choice
-    follows the processor's maker and not a timing, so that a resumed run repeats the same bits.
+
+def _product(x: Tensor, weight: Tensor, offsets: Tensor, out: Tensor, transposed: bool = False) -> Tensor:
+    """out [R, N] = x [R, I] times the weight [E, N, I] of each row's expert, or [E, I, N] where `transposed`.
+
+    The weight may be fp32 beside rows in bf16: it is rounded on the way, and no converted copy of it exists.
     """
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            if "AuthenticAMD" not in file.read(2000):
-                return False
-        x, w, b = torch.rand(3, 5), torch.rand(4, 5), torch.rand(4)
-        found = torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
-        strided = torch.ops.mkldnn._linear_pointwise(x.t(), torch.rand(3, 4).t(), None, "none", [], "")
-        return torch.allclose(found, torch.nn.functional.linear(x, w, b)) and strided.shape == (5, 4)
-    except (OSError, RuntimeError, AttributeError, NotImplementedError):
-        return False
-
-
-def _times(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a [m, k] times b [k, n], into `out` where it is given; any strides."""
-    if a.dtype == torch.float32 and _prefers_onednn() and min(a.shape[0], b.shape[1], b.shape[0]) >= 16:
-        result = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
-        return result if out is None else out.copy_(result)
-    return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
-
-
-def _column_sums(rows: Tensor) -> Tensor:
-    """Sums over the rows of [N, width] in fp32."""
-    out = torch.empty(rows.shape[1], dtype=torch.float32)
-    offsets = torch.tensor([0, rows.shape[0]])
-    _run("column_sums", rows.dtype, rows, None, offsets, 1, rows.shape[1], out)
+    E, inner, columns = offsets.numel() - 1, x.shape[1], out.shape[1]
+    is_float = weight.dtype == torch.float32
+    _run("grouped_product", x.dtype, x, weight, is_float, transposed, offsets, E, inner, columns, out)
     return out
+
+
+def _gradient(left: Tensor, right: Tensor, offsets: Tensor, out: Tensor) -> Tensor:
+    """out [E, N, I] = left [R, N]^T right [R, I] over the rows of each expert, in out's type; 0 where there are none."""
+    E, height, width = offsets.numel() - 1, left.shape[1], right.shape[1]
+    is_float = out.dtype == torch.float32
+    _run("grouped_gradient", left.dtype, left, right, offsets, E, height, width, out, is_float)
+    return out
+
+
+def _column_sums(rows: Tensor, offsets: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Sums of [R, N] over the rows of each expert, each times its scale: [E, N] in fp32."""
+    out = torch.empty(offsets.numel() - 1, rows.shape[1], dtype=torch.float32)
+    _run("column_sums", rows.dtype, rows, scale, offsets, out.shape[0], out.shape[1], out)
+    return out
+
+
+def _weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight as the kernels take it: contiguous, in fp32 or in the dtype of the work."""
+    return (weight if weight.dtype in (dtype, torch.float32) else weight.to(dtype)).contiguous()
 
 
 class _Linear(Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        rows, w = x.reshape(-1, x.shape[-1]).to(dtype), weight.to(dtype)
-        y = _times(rows, w.t())
+        rows, w = x.reshape(-1, x.shape[-1]).to(dtype).contiguous(), _weight(weight, dtype)
+        y = _product(rows, w, _whole(len(rows)), torch.empty(len(rows), len(w), dtype=dtype))
         if bias is not None:
-            y += bias.to(dtype)
+            y += bias
         ctx.save_for_backward(rows, w)
-        ctx.shape, ctx.bias = x.shape, bias is not None
-        ctx.types = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
-        return y.view(*x.shape[:-1], w.shape[0])
+        ctx.shape, ctx.types = x.shape, (x.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return y.view(*x.shape[:-1], len(w))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         rows, w = ctx.saved_tensors
-        grad = grad.reshape(-1, w.shape[0]).contiguous()
-        dx = _times(grad, w).view(ctx.shape).to(ctx.types[0]) if ctx.needs_input_grad[0] else None
-        dw = _times(grad.t(), rows).to(ctx.types[1]) if ctx.needs_input_grad[1] else None
-        db = _column_sums(grad).to(ctx.types[2]) if ctx.bias and ctx.needs_input_grad[2] else None
+        all_rows = _whole(len(rows))
+        dx = dw = db = None
+        grad = grad.reshape(-1, len(w)).to(rows.dtype).contiguous()
+        if ctx.needs_input_grad[0]:
+            dx = _product(grad, w, all_rows, torch.empty_like(rows), transposed=True).view(ctx.shape).to(ctx.types[0])
+        if ctx.needs_input_grad[1]:
+            dw = _gradient(grad, rows, all_rows, torch.empty_like(w)).to(ctx.types[1])
+        if ctx.needs_input_grad[2]:
+            db = _column_sums(grad, all_rows)[0].to(ctx.types[2])
         return dx, dw, db, None
 
 
@@ -318,13 +324,6 @@ def attention(
 # ------------------------------------------------------------------------------------------------ experts
 
 
-def _each_expert(offsets: list[int], product: Callable[[int, slice], None]) -> None:
-    """Call product(expert, its rows) for every expert that has rows."""
-    for e, (first, last) in enumerate(itertools.pairwise(offsets)):
-        if last > first:
-            product(e, slice(first, last))
-
-
 class _Experts(Function):
     """Rows sorted by expert; per expert two products. Only x's and the pre-activation's rows are kept.
 
@@ -334,30 +333,26 @@ class _Experts(Function):
 
     @staticmethod
     def forward(ctx, x, indices, weights, gate_up, gate_up_bias, down, down_bias, limit, alpha, norms, dtype):
-        (T, D), K, (E, F2, _) = x.shape, indices.shape[1], gate_up.shape
-        F = F2 // 2
+        (T, D), K, E, F = x.shape, indices.shape[1], len(gate_up), down.shape[2]
         x, indices, weights = x.to(dtype).contiguous(), indices.contiguous(), weights.float().contiguous()
+        w1, w2 = _weight(gate_up, dtype), _weight(down, dtype)
         b1, b2 = gate_up_bias.float().contiguous(), down_bias.float().contiguous()
         offsets = torch.empty(E + 1, dtype=torch.int64)
         place, token = torch.empty(T, K, dtype=torch.int64), torch.empty(T * K, dtype=torch.int64)
         row_weight = torch.empty(T * K, dtype=torch.float32)
         _run("sort_by_expert", dtype, indices, weights, T * K, K, E, offsets, token, row_weight, place)
-        bounds = offsets.tolist()
-        rows = bounds[-1]
-        sorted_x = torch.empty(rows, D, dtype=dtype)
-        _run("gather_rows", dtype, x, token, sorted_x, rows, D, None, None, None)
-        hidden = torch.empty(rows, F2, dtype=dtype)
-        _each_expert(bounds, lambda e, s: _times(sorted_x[s], gate_up[e].to(dtype).t(), hidden[s]))
+        rows = int(offsets[-1])
+        sorted_x = _gather(x, token, rows)
+        hidden = _product(sorted_x, w1, offsets, torch.empty(rows, 2 * F, dtype=dtype))
         act = torch.empty(rows, F, dtype=dtype)
         _run("swiglu_forward", dtype, hidden, b1, offsets, rows, F, limit, alpha, act)
-        out = torch.empty(rows, D, dtype=dtype)
-        _each_expert(bounds, lambda e, s: _times(act[s], down[e].to(dtype).t(), out[s]))
+        out = _product(act, w2, offsets, sorted_x)  # sorted_x has served; its room is as large as the answer
         y = torch.empty(T, D, dtype=dtype)
         lengths = torch.empty(T, K, dtype=torch.float32) if norms else None
         _run("combine", dtype, out, place, indices, weights, b2, y, lengths, T, K, D)
-        ctx.save_for_backward(x, hidden, gate_up, b1, down, b2, offsets, place, token, row_weight)
-        ctx.bounds, ctx.limit, ctx.alpha = bounds, limit, alpha
-        ctx.bias_types = (gate_up_bias.dtype, down_bias.dtype)
+        ctx.save_for_backward(x, hidden, w1, b1, w2, b2, offsets, place, token, row_weight)
+        ctx.limit, ctx.alpha = limit, alpha
+        ctx.types = [t.dtype for t in (weights, gate_up, gate_up_bias, down, down_bias)]
         if lengths is not None:
             ctx.mark_non_differentiable(lengths)
         return y, lengths
@@ -365,57 +360,33 @@ class _Experts(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _):
-        x, hidden, gate_up, b1, down, b2, offsets, place, token, row_weight = ctx.saved_tensors
-        dtype, bounds, rows = x.dtype, ctx.bounds, ctx.bounds[-1]
-        (T, D), K, (E, F2, _), F = x.shape, place.shape[1], gate_up.shape, down.shape[2]
-        grad = grad.to(dtype).contiguous()
-        dout, dweight = torch.empty(rows, D, dtype=dtype), torch.zeros(rows)
-        _run("gather_rows", dtype, grad, token, dout, rows, D, b2, offsets, dweight)
-        dact = torch.empty(rows, F, dtype=dtype)
-        _each_expert(bounds, lambda e, s: _times(dout[s], down[e].to(dtype), dact[s]))
-        weighted, dhidden = torch.empty(rows, F, dtype=dtype), torch.empty(rows, F2, dtype=dtype)
+        x, hidden, w1, b1, w2, b2, offsets, place, token, row_weight = ctx.saved_tensors
+        dtype, (T, D), K, (rows, F) = x.dtype, x.shape, place.shape[1], (len(hidden), w2.shape[2])
+        dweight = torch.zeros(rows)
+        dout = _gather(grad.to(dtype).contiguous(), token, rows, b2, offsets, dweight)
+        dact = _product(dout, w2, offsets, torch.empty(rows, F, dtype=dtype), transposed=True)
+        weighted, dhidden = torch.empty_like(dact), torch.empty_like(hidden)
         _run(
             "swiglu_backward", dtype, hidden, b1, offsets, rows, F, ctx.limit, ctx.alpha,
             row_weight, dact, weighted, dhidden, dweight,
         )  # fmt: skip
-        dx_rows = torch.empty(rows, D, dtype=dtype)
-        _each_expert(bounds, lambda e, s: _times(dhidden[s], gate_up[e].to(dtype), dx_rows[s]))
-        dw2 = _expert_gradients(bounds, dout, weighted, down.dtype)
-        sorted_x = torch.empty(rows, D, dtype=dtype)
-        _run("gather_rows", dtype, x, token, sorted_x, rows, D, None, None, None)
-        dw1 = _expert_gradients(bounds, dhidden, sorted_x, gate_up.dtype)
-        db1, db2 = torch.empty(E, F2), torch.empty(E, D)
-        _run("column_sums", dtype, dhidden, None, offsets, E, F2, db1)
-        _run("column_sums", dtype, dout, row_weight, offsets, E, D, db2)
-        dx = torch.empty(T, D, dtype=dtype)
+        dw2 = _gradient(dout, weighted, offsets, torch.empty_like(w2))
+        db1, db2 = _column_sums(dhidden, offsets), _column_sums(dout, offsets, row_weight)
+        dw1 = _gradient(dhidden, _gather(x, token, rows), offsets, torch.empty_like(w1))
+        dx_rows = _product(dhidden, w1, offsets, dout, transposed=True)  # into dout's room
+        dx = torch.empty_like(x)
         _run("combine", dtype, dx_rows, place, None, None, None, dx, None, T, K, D)
         dweights = torch.where(place < 0, 0.0, dweight[place.clamp(min=0)] if rows else 0.0)
-        return (
-            dx,
-            None,
-            dweights,
-            dw1,
-            db1.to(ctx.bias_types[0]),
-            dw2,
-            db2.to(ctx.bias_types[1]),
-            None,
-            None,
-            None,
-            None,
-        )
+        gradients = [g.to(t) for g, t in zip((dweights, dw1, db1, dw2, db2), ctx.types)]
+        return dx, None, *gradients, None, None, None, None
 
 
-def _expert_gradients(bounds: list[int], left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """out[e] = left[rows of e]^T right[rows of e], zero for an expert without rows."""
-    out = torch.empty(len(bounds) - 1, left.shape[1], right.shape[1], dtype=dtype)
-    room = None if dtype == left.dtype else torch.empty(left.shape[1], right.shape[1], dtype=left.dtype)
-    for e, (first, last) in enumerate(itertools.pairwise(bounds)):
-        if first == last:
-            out[e].zero_()
-        elif room is None:
-            _times(left[first:last].t(), right[first:last], out[e])
-        else:  # the product rounds to its own type; converted while it is still in the cache
-            out[e].copy_(_times(left[first:last].t(), right[first:last], room))
+def _gather(
+    x: Tensor, token: Tensor, rows: int, bias: Tensor | None = None, offsets: Tensor | None = None, dot=None
+) -> Tensor:
+    """x[token[:rows]]; with a bias [E, D], dot[r] becomes the product of row r with its expert's bias."""
+    out = torch.empty(rows, x.shape[1], dtype=x.dtype)
+    _run("gather_rows", x.dtype, x, token, out, rows, x.shape[1], bias, offsets, dot)
     return out
 
 
@@ -449,25 +420,27 @@ class _LinearCrossEntropy(Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, dtype, needs_grad: bool) -> Tensor:
         (T, D), V = hidden.shape, weight.shape[0]
-        h, w = hidden.to(dtype).contiguous(), weight.to(dtype)
+        h, w = hidden.to(dtype).contiguous(), _weight(weight, dtype)
         scale = 1.0 / max(int((targets >= 0).sum()), 1)
         losses = torch.empty(T, dtype=torch.float32)
         dh = torch.empty(T, D, dtype=dtype) if needs_grad else None
         dw = None
         block = max(_LOGIT_ROWS, _LOGIT_BYTES // (V * h.element_size()) // _LOGIT_ROWS * _LOGIT_ROWS)
         logits = torch.empty(min(block if needs_grad else _LOGIT_ROWS, T), V, dtype=dtype)
-        for start in range(0, T, len(logits)):
-            count = min(len(logits), T - start)
-            for first in range(0, count, _LOGIT_ROWS):
-                part = logits[first : min(first + _LOGIT_ROWS, count)]
-                s = slice(start + first, start + first + len(part))
-                _times(h[s], w.t(), part)
+        for start in range(0, T, block):
+            count = min(block, T - start)
+            for first in range(start, start + count, _LOGIT_ROWS):
+                s = slice(first, min(first + _LOGIT_ROWS, start + count))
+                rows = _whole(s.stop - s.start)
+                part = logits[first - start : s.stop - start] if needs_grad else logits[: s.stop - first]
+                _product(h[s], w, rows, part)
                 _run("cross_entropy", dtype, part, targets[s], len(part), V, scale, losses[s])
                 if dh is not None:
-                    _times(part, w, dh[s])
+                    _product(part, w, rows, dh[s], transposed=True)
             if dh is not None:
-                product = _times(logits[:count].t(), h[start : start + count])
-                dw = product.float() if dw is None else dw.add_(product)
+                piece = torch.empty(V, D, dtype=torch.float32)
+                _gradient(logits[:count], h[start : start + count], _whole(count), piece)
+                dw = piece if dw is None else dw.add_(piece)
         ctx.save_for_backward(dh, dw)
         ctx.types = (hidden.dtype, weight.dtype)
         return losses.sum() * scale

@@ -14,59 +14,12 @@
  * Products take their left side as rows of units (pairs of bf16, or floats) and their right side as lanes of units;
  * `interleave` and `transpose` bring rows of elements into these two forms, once per block.
  */
-#include "cpu_vector.h"
 #include "cpu_attention.h"
+#include "cpu_product.h"
 
 #define BLOCK 64 /* queries and keys in a tile */
 #define LOW (-1e30f)
 #define HIDDEN INT32_MIN /* a key position that no query sees */
-
-INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-/* c[rows x vectors] (+)= a[rows x k] b[k x vectors], held in registers */
-INLINE void tile(int rows, int vectors, int64_t k, const unit *a, int64_t a_row, const unit *b, int64_t b_row, float *c,
-                 int64_t c_row, int add) {
-    vf sum[TILE_ROWS][TILE_VECTORS];
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 8
-        for (int v = 0; v < vectors; v++) sum[r][v] = add ? load_float(c + r * c_row + v * LANES) : splat(0.0f);
-    for (int64_t i = 0; i < k; i++) {
-        vu right[TILE_VECTORS];
-#pragma GCC unroll 8
-        for (int v = 0; v < vectors; v++) right[v] = load_unit(b + i * b_row + v * LANES);
-#pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) {
-            vu left = (vu){0} + a[r * a_row + i];
-#pragma GCC unroll 8
-            for (int v = 0; v < vectors; v++) sum[r][v] = multiply_add(sum[r][v], left, right[v]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 8
-        for (int v = 0; v < vectors; v++) store_float(c + r * c_row + v * LANES, sum[r][v]);
-}
-
-/* c[rows x lanes] (+)= a[rows x k] b[k x lanes]; lanes a multiple of LANES */
-static void product(int64_t rows, int64_t lanes, int64_t k, const unit *a, int64_t a_row, const unit *b, int64_t b_row,
-                    float *c, int64_t c_row, int add) {
-    int64_t l = 0;
-    for (; l + TILE_VECTORS * LANES <= lanes; l += TILE_VECTORS * LANES) {
-        int64_t r = 0;
-        for (; r + TILE_ROWS <= rows; r += TILE_ROWS)
-            if (add) tile(TILE_ROWS, TILE_VECTORS, k, a + r * a_row, a_row, b + l, b_row, c + r * c_row + l, c_row, 1);
-            else tile(TILE_ROWS, TILE_VECTORS, k, a + r * a_row, a_row, b + l, b_row, c + r * c_row + l, c_row, 0);
-        for (; r < rows; r++) tile(1, TILE_VECTORS, k, a + r * a_row, a_row, b + l, b_row, c + r * c_row + l, c_row, add);
-    }
-    for (; l < lanes; l += LANES) {
-        int64_t r = 0;
-        for (; r + TILE_ROWS <= rows; r += TILE_ROWS)
-            tile(TILE_ROWS, 1, k, a + r * a_row, a_row, b + l, b_row, c + r * c_row + l, c_row, add);
-        for (; r < rows; r++) tile(1, 1, k, a + r * a_row, a_row, b + l, b_row, c + r * c_row + l, c_row, add);
-    }
-}
 
 /* Sizes shared by both passes. A padded row of `width` elements is `units` used units and a tail of zeros. */
 struct sizes {
@@ -153,33 +106,6 @@ static void gather(element *to, int64_t width, const element *from, const int64_
         memset(to + used, 0, (width - used) * sizeof(element));
     }
 }
-/* elements [rows x width] -> left-hand units [rows x width / PAIR] */
-static const unit *as_units(unit *room, const element *from, int64_t count) {
-#if defined(XMOE_ELEMENT_BF16) && PAIR == 1
-    for (int64_t i = 0; i < count; i += LANES) store_float((float *)room + i, load(from + i));
-    return room;
-#else
-    (void)room, (void)count;
-    return (const unit *)from;
-#endif
-}
-/* elements [rows x width] -> right-hand units [rows / PAIR x width]: a unit holds PAIR rows of one column */
-static const unit *interleave(unit *room, const element *from, int64_t rows, int64_t width) {
-#if PAIR == 2
-    for (int64_t i = 0; i < rows; i += 2)
-        for (int64_t j = 0; j < width; j += LANES) {
-            vu even = __builtin_convertvector((vh) * (const vh_any *)(from + i * width + j), vu);
-            vu odd = __builtin_convertvector((vh) * (const vh_any *)(from + (i + 1) * width + j), vu);
-            store_unit(room + i / 2 * width + j, even | odd << 16);
-        }
-    return room;
-#else
-    return as_units(room, from, rows * width);
-#endif
-}
-INLINE void turn(unit *to, int64_t to_row, const unit *from, int64_t from_row, int64_t rows, int64_t cols) {
-    transpose((float *)to, to_row, (const float *)from, from_row, rows, cols);
-}
 /* two rows of floats -> one row of right-hand units, or two when a unit is a float */
 INLINE void store_pair(unit *to, int64_t row, vf first, vf second) {
 #if PAIR == 2 && defined(__AVX512BF16__)
@@ -202,16 +128,6 @@ INLINE void store_left(unit *to, int64_t lane, vf x) {
     store_unit(to + lane, (vu)x);
 #endif
 }
-static void *carve(char **from, int64_t bytes) {
-    void *out = *from;
-    *from += round_up(bytes, 64);
-    return out;
-}
-static void *rooms(int64_t bytes) {
-    void *out = NULL;
-    return posix_memalign(&out, 4096, round_up(bytes, 4096)) ? NULL : out;
-}
-
 /* One block of keys or values: `left` gets its rows as they are, `turned` its columns; either may be NULL. */
 static void pack_keys(const struct attention *p, struct sizes z, int64_t b, int64_t g, int64_t block, element *rows,
                       unit *spare, const element *from, const int64_t *stride, unit *left, unit *turned) {

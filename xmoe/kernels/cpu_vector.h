@@ -16,18 +16,20 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* A product's tile is TILE_ROWS x TILE_VECTORS accumulators: as many as the registers hold beside its operands. */
+#define TILE_ROWS 6
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #define LANES 16
-#define TILE_ROWS 4
 #define TILE_VECTORS 4
 #elif defined(__AVX__)
 #define LANES 8
-#define TILE_ROWS 4
 #define TILE_VECTORS 2
+#elif defined(__aarch64__)
+#define LANES 4
+#define TILE_VECTORS 4
 #else
 #define LANES 4
-#define TILE_ROWS 4
 #define TILE_VECTORS 2
 #endif
 #if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)

@@ -31,6 +31,7 @@ $(VENV)/bin/python:
 $(VENV)/.installed: $(VENV)/bin/python $(SOURCES)
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	$(PIP) -e .
+	@$(BIN)/python -m xmoe.kernels.build || echo "continuing without them: PyTorch serves in their place"
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

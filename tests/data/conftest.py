@@ -36,3 +36,8 @@ def text_folder(tmp_path):
         place = folder / ("inner" if i % 3 else ".") / f"{i}.txt"
         place.write_text(prose(1 + i % 4, seed=i), encoding="utf-8")
     return folder
+
+
+def visible(folder) -> list[str]:
+    """Names in a cache folder, but for the locks."""
+    return sorted(file.name for file in folder.iterdir() if not file.name.endswith(".lock"))

@@ -240,14 +240,18 @@ def test_the_tokenizer_is_trained_on_training_text_only(text_folder, monkeypatch
     assert seen == []
 
 
-def test_tokenizers_by_path_and_by_hand(text_folder, tmp_path):
+def test_tokenizers_by_path_and_by_hand(text_folder, tmp_path, monkeypatch):
     path = Tokenizer.train([prose(3)], 280).save(tmp_path / "kept")
     config = DataConfig(source=str(text_folder), seq_len=16, tokenizer=str(path))
     assert load_data(config).tokenizer.vocab_size == 280
     assert load_data(config, Tokenizer.of_bytes()).tokenizer.vocab_size == 264
-    for name in ("absent", "no/such/tokenizer", "some/tokenizer.json"):
+    for name in ("absent", "no/such/tokenizer", "some/tokenizer.json", "some/o200k.tiktoken"):
         with pytest.raises(DataError, match=f"no tokenizer at {name}"):
             load_data(dataclasses.replace(config, tokenizer=name))
+    asked = []
+    monkeypatch.setattr(Tokenizer, "from_hub", lambda name: asked.append(name) or Tokenizer.of_bytes())
+    assert load_data(dataclasses.replace(config, tokenizer="org/model-0.5B")).tokenizer.vocab_size == 264
+    assert asked == ["org/model-0.5B"]
 
 
 def test_a_hub_dataset_with_its_own_validation_split(monkeypatch, cache):

@@ -84,15 +84,12 @@ def test_ids_equal_tiktokens(tokenizer):
     special = tokenizer.special_ids
     encoding = tiktoken.Encoding("toy", pat_str=O200K_PATTERN, mergeable_ranks=RANKS, special_tokens=special)
     rng = random.Random(3)
-    alphabet = SAMPLE + "".join(HARMONY_TOKENS.values())
-    for _ in range(1000):
-        kind = rng.randrange(3)
-        letters = [
-            rng.choice(alphabet) if kind else chr(rng.choice([*range(0xD800), *range(0xE000, 0x11000)]))
-            for _ in range(rng.randrange(40))
-        ]
-        words = letters if kind < 2 else [rng.choice([*SAMPLE.split(), *special]) for _ in letters]
-        text = (" " if kind == 2 else "").join(words)
+    whole_range = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x11000)]))
+    marked = SAMPLE + "".join(HARMONY_TOKENS.values())
+    words = [*SAMPLE.split(), *special]
+    for i in range(1000):
+        letters, between = ((whole_range, ""), (marked, ""), (words, " "))[i % 3]
+        text = between.join(rng.choice(letters) for _ in range(rng.randrange(40)))
         assert tokenizer.encode(text) == encoding.encode_ordinary(text)
         assert tokenizer.encode(text, allow_special=True) == encoding.encode(text, allowed_special="all")
 

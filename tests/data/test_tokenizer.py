@@ -18,6 +18,8 @@ from xmoe.data.tokenizer import (
 )
 from xmoe.errors import ConfigError, DataError
 
+from .conftest import visible
+
 TEXTS = ["Every token visits two experts. ", "日本語のテキスト 🙂 ", "def route(x):\n    return x\n"] * 5
 TRAINED = Tokenizer.train(TEXTS, 300)
 BYTES = Tokenizer.of_bytes()
@@ -188,7 +190,7 @@ def _unreachable(name):
 
 def test_trained_tokenizers_are_kept(cache, caplog):
     first = trained_tokenizer(TEXTS, "hash", 280)
-    (file,) = (cache / "tokenizers").iterdir()
+    file = cache / "tokenizers" / visible(cache / "tokenizers")[0]
     assert trained_tokenizer(_never(), "hash", 280).fingerprint == first.fingerprint
     assert trained_tokenizer(TEXTS, "hash", 281).vocab_size == 281
     assert trained_tokenizer(["other"], "other hash", 280).fingerprint != first.fingerprint

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as Backend
@@ -8,6 +12,8 @@ from tokenizers import models
 from xmoe.data.tokenizer import Tokenizer
 from xmoe.data.tokens import encode_documents, kept_tokens
 from xmoe.errors import DataError
+
+from .conftest import visible
 
 DOCUMENTS = [
     ("train", "one two"),
@@ -78,7 +84,7 @@ def test_an_empty_part_is_an_empty_array():
 @pytest.mark.parametrize("damage", ["short", "altered", "absent", "no table", "short table", "no about", "half about"])
 def test_damaged_files_are_made_again(cache, caplog, damage):
     expected = make()["train"].ids.tolist()
-    (folder,) = (cache / "tokens").iterdir()
+    folder = cache / "tokens" / visible(cache / "tokens")[0]
     ids, table, about = folder / "train.ids", folder / "train.documents.npy", folder / "about.json"
     if damage == "short":
         ids.write_bytes(ids.read_bytes()[:-2])
@@ -93,7 +99,7 @@ def test_damaged_files_are_made_again(cache, caplog, damage):
     assert make()["train"].ids.tolist() == expected
     assert "damaged" in caplog.text
     assert kept_tokens(PARTS, forbidden, BYTES, "key")["train"].ids.tolist() == expected
-    assert [f.name for f in (cache / "tokens").iterdir()] == [folder.name]
+    assert visible(cache / "tokens") == [folder.name]
 
 
 def test_an_error_on_the_way_leaves_nothing(cache):
@@ -103,7 +109,21 @@ def test_an_error_on_the_way_leaves_nothing(cache):
 
     with pytest.raises(DataError, match=r"file\.jsonl:7"):
         kept_tokens(PARTS, documents, BYTES, "key")
-    assert list((cache / "tokens").iterdir()) == []
+    assert visible(cache / "tokens") == []
+
+
+def test_ranks_that_start_together_tokenise_once(cache):
+    made = []
+
+    def documents():
+        made.append(threading.get_ident())
+        time.sleep(0.05)
+        return iter(DOCUMENTS)
+
+    with ThreadPoolExecutor(4) as ranks:
+        arrays = list(ranks.map(lambda _: kept_tokens(PARTS, documents, BYTES, "key"), range(4)))
+    assert len(made) == 1
+    assert len({array["train"].fingerprint for array in arrays}) == 1
 
 
 def test_the_first_documents():
@@ -116,7 +136,7 @@ def test_the_first_documents():
 
 
 def test_many_documents_come_out_in_their_order():
-    texts = [f"{i} " * 3000 for i in range(400)]
+    texts = [f"{i} " * 1500 for i in range(400)]
     sizes = [(len(ids), size) for ids, size in encode_documents(texts, BYTES)]
     assert sizes == [(len(t) + 1, len(t)) for t in texts]
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from xmoe.errors import DataError
@@ -23,6 +26,17 @@ def cache_folder(kind: str) -> Path:
             f"cannot make the cache folder {folder} ({error.strerror}); set XMOE_CACHE to another"
         ) from error
     return folder
+
+
+@contextlib.contextmanager
+def one_maker(path: Path) -> Iterator[None]:
+    """Wait until no other process (another rank of the same run, say) is making `path`; look again before making it.
+
+    The lock ends with the process that holds it, however that ends, so its file may stay.
+    """
+    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def digest(*parts: object) -> str:

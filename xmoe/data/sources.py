@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from xmoe.data.cache import cache_folder, digest
+from xmoe.data.cache import cache_folder, digest, one_maker
 from xmoe.data.documents import cut_file, cut_rows, utf8
 from xmoe.errors import DataError
 from xmoe.outputs import new_file
@@ -147,10 +148,13 @@ def keep_hub_documents(place: Place, reading: Reading) -> Place:
     """The same documents as a local file in the user's cache, fetched once: a second run needs no network."""
     name = digest(place.name, dataclasses.astuple(reading))
     path = cache_folder("texts") / f"{name}.jsonl"
-    if not path.is_file():
-        with new_file(path, overwrite=True) as partial, open(partial, "w", encoding="utf-8") as f:
-            for document in tqdm(load_documents([place], reading), desc=place.name, unit=" documents", disable=None):
-                f.write(json.dumps({"text": document}) + "\n")
+    with one_maker(path):
+        if not path.is_file():
+            with new_file(path, overwrite=True) as partial, open(partial, "w", encoding="utf-8") as f:
+                for document in tqdm(
+                    load_documents([place], reading), desc=place.name, unit=" documents", disable=None
+                ):
+                    f.write(json.dumps({"text": document}) + "\n")
     return Place(place.name, (path,), ready=True)
 
 
@@ -206,11 +210,12 @@ def _standard_library() -> tuple[Path, ...]:
     """Source and documentation files, in the order of a hash of their names, so that the first part is a fair sample."""
     root = Path(sysconfig.get_path("stdlib"))
     files = {}
-    for file in root.rglob("*"):
-        name = file.relative_to(root)
-        wanted = file.suffix in (".py", ".txt", ".rst") and not _NOT_LIBRARY.intersection(name.parts)
-        if wanted and not name.parts[0].startswith("config-") and not name.name.startswith("_sysconfigdata"):
-            files[name.as_posix()] = file
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if name not in _NOT_LIBRARY and not name.startswith("config-")]
+        for name in names:
+            if name.endswith((".py", ".txt", ".rst")) and not name.startswith("_sysconfigdata"):
+                file = Path(folder, name)
+                files[file.relative_to(root).as_posix()] = file
     if not files:
         raise DataError(f"no source text in this Python's library folder {root}; name a text file or a folder instead")
     return tuple(files[name] for name in sorted(files, key=lambda n: hashlib.blake2b(n.encode()).digest()))

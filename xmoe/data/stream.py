@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -50,6 +50,21 @@ class DataConfig:
         validation_split: a split of the hub dataset to validate on in place of held-out documents.
         validation_tokens: validate on the first documents that reach so many tokens; None takes all.
     """
+
+    ALIASES: ClassVar[dict[str, str]] = {
+        "dataset": "source",
+        "path": "source",
+        "name": "subset",
+        "config_name": "subset",
+        "text_column": "text_field",
+        "block_size": "seq_len",
+        "context_length": "seq_len",
+        "max_seq_len": "seq_len",
+        "sequence_length": "seq_len",
+        "val_fraction": "validation_fraction",
+        "validation_file": "validation_source",
+        "separator": "document_separator",
+    }
 
     source: str = "python"
     subset: str | None = None
@@ -294,6 +309,8 @@ def load_data(config: DataConfig, tokenizer: Tokenizer | None = None) -> Data:
 def open_tokenizer(name: str, texts: Iterable[str], data_hash: str, vocab_size: int) -> Tokenizer:
     """The tokenizer that `data.tokenizer` names; `texts` are read only to train one, the first 32 MiB of them.
 
+    `data_hash` stands for the texts: one that was trained on them before is found again.
+
     Raises:
         DataError: a path that does not exist, a malformed file, an unreachable hub.
     """
@@ -302,7 +319,7 @@ def open_tokenizer(name: str, texts: Iterable[str], data_hash: str, vocab_size: 
     if name == "bytes":
         return Tokenizer.of_bytes()
     path = Path(name).expanduser()
-    if path.exists() or path.suffix or not re.fullmatch(r"[\w-]+/[\w.-]+", name):
+    if path.exists() or path.suffix in (".json", ".tiktoken") or not re.fullmatch(r"[\w-]+/[\w.-]+", name):
         return Tokenizer.load(path)
     return Tokenizer.from_hub(name)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from xmoe.data.cache import cache_folder, digest
+from xmoe.data.cache import cache_folder, digest, one_maker
 from xmoe.data.documents import utf8
 from xmoe.data.tokenizer import Tokenizer
 from xmoe.errors import DataError
@@ -99,20 +99,16 @@ def kept_tokens(
     """
     folder = cache_folder("tokens") / digest(FORMAT_VERSION, key, tokenizer.fingerprint, parts)
     eos = end_of_text(tokenizer)
-    if folder.exists():
-        kept = _read(folder, parts, eos)
-        if kept is not None:
-            return kept
-        log.warning("the kept tokens in %s are damaged; making them again", folder)
-    try:
-        with new_folder(folder, overwrite=True) as partial:
-            _write(partial, parts, documents(), tokenizer, text_bytes)
-    except OSError:
-        # Another rank of the same run may have put its copy in place between our look and our rename.
+    if (kept := _read(folder, parts, eos)) is not None:
+        return kept
+    with one_maker(folder):
         if (kept := _read(folder, parts, eos)) is not None:
             return kept
-        raise
-    made = _read(folder, parts, eos)
+        if folder.exists():
+            log.warning("the kept tokens in %s are damaged; making them again", folder)
+        with new_folder(folder, overwrite=True) as partial:
+            _write(partial, parts, documents(), tokenizer, text_bytes)
+        made = _read(folder, parts, eos)
     assert made is not None, "what was just written can be read"
     return made
 

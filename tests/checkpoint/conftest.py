@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -190,6 +191,14 @@ def write_published(folder: Path, layout: str, shape: dict, tensors: dict) -> Pa
     )
     (folder / "config.json").write_text(json.dumps(hf_config(shape, packed)))
     return folder
+
+
+@pytest.fixture(scope="session")
+def by_hand():
+    """The functions above, for tests that need the tensors themselves."""
+    return SimpleNamespace(
+        shape_of=shape_of, hf_config=hf_config, openai_config=openai_config, tensors=random_tensors, dense=as_dense
+    )
 
 
 @pytest.fixture

@@ -186,7 +186,7 @@ def _hugging_face_fields(reader: _Reader) -> dict[str, Any]:
     fields["initializer_range"] = reader.number("initializer_range", default=0.02)
     fields["tie_word_embeddings"] = reader.find("tie_word_embeddings", default=False) is True
     fields["layer_types"] = _layer_types(reader)
-    fields["reasoning_effort"] = reader.find("reasoning_effort")
+    fields["reasoning_effort"] = _effort(reader)
     return fields
 
 
@@ -256,6 +256,7 @@ def _native_fields(reader: _Reader) -> dict[str, Any]:
     if lacking := [n for n in required if n not in fields]:
         raise CheckpointError(f"{reader.file} lacks {', '.join(lacking)}")
     fields["layer_types"] = _layer_types(reader)
+    fields["reasoning_effort"] = _effort(reader)
     return fields
 
 
@@ -267,6 +268,15 @@ def _layer_types(reader: _Reader) -> tuple[str, ...] | None:
     if types is not None and not (isinstance(types, list) and all(isinstance(t, str) for t in types)):
         raise CheckpointError(f"{reader.file}: layer_types is {str(types)[:60]!r}; expected a list of names")
     return None if types is None else tuple(types)
+
+
+def _effort(reader: _Reader) -> dict[str, int] | None:
+    table = reader.find("reasoning_effort")
+    if table is not None and not (isinstance(table, dict) and all(type(k) is int for k in table.values())):
+        raise CheckpointError(
+            f"{reader.file}: reasoning_effort is {str(table)[:60]!r}; expected effort -> experts a token"
+        )
+    return table
 
 
 def _stated_experts(reader: _Reader, layers: int) -> list[int] | None:

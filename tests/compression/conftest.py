@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from xmoe.checkpoint.layouts import LAYOUTS
+from xmoe.checkpoint.shards import ShardReader, ShardWriter
+from xmoe.checkpoint.weights import save
 from xmoe.model.config import ModelConfig
 from xmoe.quantization.packed import PackedWeight
 
@@ -44,3 +47,28 @@ def pack():
         return model
 
     return packed
+
+
+@pytest.fixture
+def checkpoint(tmp_path, random_model, config, pack):
+    """layout, changes to the config -> a folder with a random model in several shards."""
+
+    def written(layout: str, name: str = "source", seed: int = 0, **changes):
+        model = random_model(config(**changes), seed)
+        model = model.to(torch.bfloat16) if layout == "hf-bf16" else pack(model).to(torch.bfloat16)
+        save(model, tmp_path / f"{name}-whole", layout)
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in (tmp_path / f"{name}-whole").iterdir():
+            if file.suffix != ".safetensors":
+                (folder / file.name).write_bytes(file.read_bytes())
+        reader = ShardReader(tmp_path / f"{name}-whole")
+        tensors = {n: (info.dtype, info.shape) for n, info in reader.tensors.items()}
+        with ShardWriter(folder, tensors, max_shard_bytes=40_000, shard_name=LAYOUTS[layout].shard_name) as writer:
+            for n in tensors:
+                writer.copy_rows(n, reader, n)
+        (folder / "tokenizer_config.json").write_text("{}")
+        (folder / "LICENSE").write_text("Apache-2.0")
+        return folder
+
+    return written

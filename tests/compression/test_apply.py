@@ -126,3 +126,21 @@ def test_a_plan_for_another_model_is_refused(model, random_model, config, tokens
         mask(random_model(config(num_experts=6)), plan)
     unknown = dataclasses.replace(plan, model="")
     assert prune(random_model(config(), seed=3), unknown).config.num_experts == 4
+
+
+@torch.no_grad()
+def test_ties_fall_alike_in_masked_and_pruned_routers(random_model, config):
+    """bfloat16 logits tie often, and top-k picks among equals by a rule that depends on how many there are."""
+    model = random_model(config(num_experts=16, num_experts_per_tok=4)).to(torch.bfloat16)
+    for block in model.blocks:
+        block.moe.router.weight.mul_(4).round_().div_(4)
+        block.moe.router.bias.round_()
+    kept = (0, 1, 3, 4, 6, 7, 9, 10, 12, 13, 15)
+    plan = plan_of(model, *[kept] * 3)
+    small = prune(model, plan)
+    x = torch.randint(-2, 3, (500, 32), generator=torch.Generator().manual_seed(1)).bfloat16() / 4
+    with mask(model, plan):
+        a, b = model.blocks[1].moe.router(x), small.blocks[1].moe.router(x)
+    ties = a.logits[:, list(kept)].sort(descending=True).values
+    assert int((ties[:, 3] == ties[:, 4]).sum()) > 20
+    assert torch.equal(a.indices, torch.tensor(kept)[b.indices]) and torch.equal(a.weights, b.weights)

@@ -34,21 +34,23 @@ class mask:
             ...
         masked = mask(model, plan)       # until masked.remove()
 
-    Logits equal those of the pruned model bit for bit in bfloat16 (in fp32 the router's product may round differently).
+    Logits equal those of the pruned model bit for bit in bfloat16, ties included: a masked router takes the top-k of the
+    kept logits alone. In fp32 the router's product over fewer rows may round differently, by 1e-7.
     """
 
     def __init__(self, model: Transformer, plan: PrunePlan):
         check(model, plan)
         self._routers = [block.moe.router for block in model.blocks]
-        self._before = [(r.kept, r.num_kept, r.num_experts_per_tok) for r in self._routers]
+        self._before = [(r.kept_ids, r.num_experts_per_tok) for r in self._routers]
         for router, kept in zip(self._routers, plan.kept):
             router.keep_only(kept)
             router.num_experts_per_tok = plan.experts_per_token
 
     def remove(self) -> None:
         """Allow all experts again (those that were allowed before)."""
-        for router, (kept, num_kept, k) in zip(self._routers, self._before):
-            router.kept, router.num_kept, router.num_experts_per_tok = kept, num_kept, k
+        for router, (kept, k) in zip(self._routers, self._before):
+            router.keep_only(None if kept is None else kept.tolist())
+            router.num_experts_per_tok = k
 
     def __enter__(self) -> mask:
         return self

@@ -27,6 +27,10 @@ class Batch(NamedTuple):
     mask: Tensor | None
     positions: Tensor | None
 
+    @property
+    def real_tokens(self) -> int:
+        return self.tokens.numel() if self.mask is None else int(self.mask.sum())
+
 
 class Visit(NamedTuple):
     """One batch in one layer: real tokens only.
@@ -118,4 +122,5 @@ def walk(
         visit(layer, block, visits)
         for _ in visits:  # a visitor may look at some batches only; the rest must pass all the same
             pass
+        del block, visits  # a layer from disk makes room before the next one is read
     return hidden

@@ -97,7 +97,7 @@ def recover(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
-            seen += batch.tokens.numel() if batch.mask is None else int(batch.mask.sum())
+            seen += batch.real_tokens
             losses.append(loss)
             bar.set_postfix(kl=f"{loss:.4f}")
             if on_step is not None:

@@ -23,11 +23,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from xmoe.compression.identity import model_hash
+from xmoe.checkpoint.opened import Checkpoint
+from xmoe.checkpoint.weights import stream_layers
+from xmoe.compression.identity import hash_of, model_hash
 from xmoe.compression.layerwise import Batch, Visit, as_batches, real_routing, walk
+from xmoe.device import pick_dtype
 from xmoe.errors import DataError
 from xmoe.model.router import Routing
 from xmoe.model.transformer import Block, Transformer
@@ -225,6 +229,10 @@ class DataHash:
             self._digest.update(real.cpu().numpy().astype("<i8").tobytes() + b"|")
             self.tokens += real.numel()
 
+    def require_tokens(self) -> None:
+        if not self.tokens:
+            raise DataError("no tokens to record: the batches are empty or all padding; give more text")
+
     def hexdigest(self) -> str:
         return self._digest.hexdigest()[:16]
 
@@ -302,10 +310,52 @@ def record_routing(
                 for layer, decided in enumerate(routing):
                     stats.observe(layer, real_routing(decided, batch.mask))
             else:
-                real = batch.tokens.numel() if batch.mask is None else int(batch.mask.sum())
-                walk(config, model.embed, model.blocks, [batch], observer(stats, chosen, [chosen.choose(real)]))
+                choice = chosen.choose(batch.real_tokens)
+                walk(config, model.embed, model.blocks, [batch], observer(stats, chosen, [choice]))
     finally:
         model.train(was_training)
+    return finish(stats, seen, chosen)
+
+
+@torch.no_grad()
+def record_checkpoint(
+    source: str | Path | Checkpoint,
+    batches: Iterable,
+    *,
+    domain: str = "",
+    sample: int = 0,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "auto",
+) -> RoutingStats:
+    """As :func:`record_routing` on a checkpoint that need not fit in memory: one layer, packed, at a time.
+
+    All batches wait between layers, so memory is one layer's weights and [tokens, D] activations. The unembedding is
+    never read.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
+    config = checkpoint.config
+    counts = [config.experts_in_layer(i) for i in range(config.num_hidden_layers)]
+    stats = RoutingStats.empty(counts, config.num_experts_per_tok, model=hash_of(config, checkpoint.weight))
+    stats.domain = domain
+    waiting = list(as_batches(batches, device))
+    seen = DataHash()
+    for batch in waiting:
+        seen.update(batch)
+    seen.require_tokens()
+    chosen = TokenSample(sample, stats.num_layers, seed) if sample else None
+    choices = [chosen.choose(batch.real_tokens) for batch in waiting] if chosen else []
+    layers = stream_layers(checkpoint, device, dtype)
+    layers = tqdm(layers, total=stats.num_layers, desc="recording layers", disable=None)
+    embedding = checkpoint.weight("embed.weight")
+    compute = (
+        embedding.dtype if dtype == "auto" else pick_dtype(str(dtype).removeprefix("torch."), torch.device(device))
+    )
+
+    def embed(tokens: Tensor) -> Tensor:
+        return F.embedding(tokens.cpu(), embedding).to(device, compute)
+
+    walk(config, embed, layers, waiting, observer(stats, chosen, choices))
     return finish(stats, seen, chosen)
 
 
@@ -322,9 +372,8 @@ def observer(stats: RoutingStats, sample: TokenSample | None, choices: list[tupl
 
 
 def finish(stats: RoutingStats, seen: DataHash, sample: TokenSample | None) -> RoutingStats:
-    """Write into `stats` what was seen; DataError where that was nothing."""
-    if not seen.tokens:
-        raise DataError("no tokens to record: the batches are empty or all padding; give more text")
+    """Write into `stats` what was seen."""
+    seen.require_tokens()
     stats.tokens, stats.data = float(seen.tokens), (seen.hexdigest(),)
     stats.sample = None if sample is None else sample.tensor()
     return stats

@@ -43,6 +43,7 @@ class Router(nn.Module):
         self.num_experts_per_tok = num_experts_per_tok
         # bool [E], or None for all: experts outside it are never chosen. It tries a pruning plan without cutting.
         self.register_buffer("kept", None, persistent=False)
+        self.register_buffer("kept_ids", None, persistent=False)  # the same as ascending ids
         self.num_kept = num_experts
         # fp32 [E], or None: added for the choice only, never to the weights (auxiliary-loss-free balancing).
         self.register_buffer("selection_bias", None, persistent=False)
@@ -50,11 +51,12 @@ class Router(nn.Module):
     def keep_only(self, ids: Sequence[int] | None) -> None:
         """Never choose experts outside `ids`, as if they were cut away; None allows all again."""
         E = self.weight.shape[0]
-        self.kept, self.num_kept = None, E
+        self.kept, self.kept_ids, self.num_kept = None, None, E
         if ids is not None:
-            self.num_kept = len(set(ids))
+            self.kept_ids = torch.tensor(sorted(set(ids)), device=self.weight.device)
+            self.num_kept = len(self.kept_ids)
             self.kept = torch.zeros(E, dtype=torch.bool, device=self.weight.device)
-            self.kept[torch.tensor(sorted(set(ids)), device=self.weight.device)] = True
+            self.kept[self.kept_ids] = True
 
     def forward(self, x: Tensor, num_experts_per_tok: int | None = None) -> Routing:
         """x [T, D] -> :class:`Routing`. `num_experts_per_tok` overrides the model's K for this call.
@@ -70,10 +72,11 @@ class Router(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.to(self.weight.dtype), self.weight, self.bias)
         scores = logits.detach() if self.selection_bias is None else logits.detach().float() + self.selection_bias
-        if self.kept is not None:
-            scores = scores.masked_fill(~self.kept, float("-inf"))
-            k = min(k, self.num_kept)
-        indices = scores.topk(k, dim=-1).indices
+        if self.kept_ids is None:
+            indices = scores.topk(k, dim=-1).indices
+        else:  # among the kept alone: top-k breaks ties by position, and this is what the cut model would choose
+            best = scores.index_select(-1, self.kept_ids).topk(min(k, self.num_kept), dim=-1).indices
+            indices = self.kept_ids[best]
         logits = logits.float()
         return Routing(logits, indices, logits.gather(-1, indices).softmax(-1))
 

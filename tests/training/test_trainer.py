@@ -204,7 +204,7 @@ def test_a_kill_during_a_save_leaves_the_save_before_it(config_file, whole, tmp_
 
 def test_a_real_kill_at_a_random_moment_and_a_resume(config_file, tmp_path):
     """The command itself, killed with SIGKILL somewhere between its first step and its last, twice."""
-    overrides = ["--set", "train.steps=60", "--set", "train.save_every=2", "--set", "log.every=1"]
+    overrides = ["--set", "train.steps=30", "--set", "train.save_every=2", "--set", "log.every=1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--config", str(config_file), *overrides]
     subprocess.run([*command, "--output", str(tmp_path / "whole")], check=True, env=environment, capture_output=True)

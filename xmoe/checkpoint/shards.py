@@ -133,6 +133,10 @@ class ShardReader:
         except Exception as e:  # the library has an error type of its own, and OSError besides
             raise CheckpointError(f"{info.file}: cannot read {name}: {_first_line(e)}") from e
 
+    def release(self) -> None:
+        """Unmap all files. Tensors that are still in use stay valid; the memory of all others is free again."""
+        self._handles.clear()
+
 
 def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Tensors and metadata of one safetensors file, checked against each other and against the file's size."""

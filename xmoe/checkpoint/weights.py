@@ -97,6 +97,8 @@ def stream_layers(
                 _place(block, name.removeprefix(prefix), _materialize(checkpoint, name, device, wanted, decode))
         _place_selection_bias(checkpoint, layer, block, device)
         yield block.eval()
+        del block
+        checkpoint.reader.release()  # else the pages of all layers read so far would stay in memory
 
 
 def load_ends(

@@ -108,8 +108,18 @@ def test_special_tokens_follow_the_last_rank(tokenizer):
 
 
 def test_every_cut_into_two_tokens_is_a_merge():
-    ranks = {b"a": 0, b"b": 1, b"c": 2, b"ab": 3, b"bc": 4, b"abc": 5}
-    assert recover_merges(ranks) == [(b"a", b"b"), (b"b", b"c"), (b"a", b"bc"), (b"ab", b"c")]
+    """In the order of the whole's rank, then of the left part's: abc comes before ab, though it is longer."""
+    ranks = {b"a": 0, b"b": 1, b"c": 2, b"d": 3, b"bc": 4, b"abc": 5, b"ab": 6, b"cd": 7, b"abcd": 8}
+    expected = [
+        (b"b", b"c"),
+        (b"a", b"bc"),
+        (b"ab", b"c"),
+        (b"a", b"b"),
+        (b"c", b"d"),
+        (b"abc", b"d"),
+        (b"ab", b"cd"),
+    ]
+    assert recover_merges(ranks) == expected
 
 
 def test_the_byte_letters_are_gpt2s():

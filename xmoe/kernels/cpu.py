@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from xmoe.errors import ConfigError
 from xmoe.kernels import build
 
 ELEMENTS = {torch.bfloat16: "bf16", torch.float32: "f32"}
@@ -70,7 +72,12 @@ class _Library:
             self.reason = f"the C kernels do not load: {error}"
             return
         library.xmoe_best_instruction_set.restype = ctypes.c_char_p
-        self.instruction_set = library.xmoe_best_instruction_set().decode()
+        best = library.xmoe_best_instruction_set().decode()
+        self.instruction_set = os.environ.get("XMOE_CPU_ISA", best)  # to try a lesser one than this machine's best
+        sets = list(build.INSTRUCTION_SETS.get(build.machine(), {"base": []}))
+        if self.instruction_set not in sets[sets.index(best) :]:
+            offer = ", ".join(sets[sets.index(best) :])
+            raise ConfigError(f"XMOE_CPU_ISA is {self.instruction_set!r}; this machine can run {offer}")
         for name, signature in _SIGNATURES.items():
             for dtype, element in ELEMENTS.items():
                 function = getattr(library, f"{name}_{element}_{self.instruction_set}")
@@ -411,7 +418,7 @@ def experts(
 # ------------------------------------------------------------------------------------------------ loss
 
 _LOGIT_BYTES = 128 << 20  # most memory for logits at a time
-_LOGIT_ROWS = 256  # rows whose softmax follows their product while they are in the cache
+_LOGIT_ROWS = 512  # rows of one product: enough to repay packing the weight
 
 
 class _LinearCrossEntropy(Function):
@@ -425,12 +432,13 @@ class _LinearCrossEntropy(Function):
         losses = torch.empty(T, dtype=torch.float32)
         dh = torch.empty(T, D, dtype=dtype) if needs_grad else None
         dw = None
-        block = max(_LOGIT_ROWS, _LOGIT_BYTES // (V * h.element_size()) // _LOGIT_ROWS * _LOGIT_ROWS)
-        logits = torch.empty(min(block if needs_grad else _LOGIT_ROWS, T), V, dtype=dtype)
+        block = max(32, _LOGIT_BYTES // (V * h.element_size()))  # rows whose logits exist together
+        step = min(_LOGIT_ROWS, block)
+        logits = torch.empty(min(block if needs_grad else step, T), V, dtype=dtype)
         for start in range(0, T, block):
             count = min(block, T - start)
-            for first in range(start, start + count, _LOGIT_ROWS):
-                s = slice(first, min(first + _LOGIT_ROWS, start + count))
+            for first in range(start, start + count, step):
+                s = slice(first, min(first + step, start + count))
                 rows = _whole(s.stop - s.start)
                 part = logits[first - start : s.stop - start] if needs_grad else logits[: s.stop - first]
                 _product(h[s], w, rows, part)

@@ -300,7 +300,7 @@ void NAME(cross_entropy)(element *logits, const int64_t *targets, int64_t rows, 
         total = sum_lanes(sum);
         for (int64_t i = whole; i < width; i++) total += exp2f((load_one(x + i) - most) * LOG2E);
         float at_target = load_one(x + targets[r]), by = scale / total;
-        losses[r] = logf(total) + most - at_target;
+        losses[r] = logf(total) + (most - at_target);
         for (int64_t i = 0; i < width; i += LANES) {
             int64_t n = width - i;
             store_part(x + i, exp2_lanes((load_part(x + i, n) - most) * LOG2E) * by, n);

@@ -187,7 +187,7 @@ class Trainer:
         self.lead = devices.rank() == 0  # the one process that prints and writes
         self.device = devices.pick_device(config.train.device)
         self.dtype = devices.pick_dtype(config.train.precision, self.device)
-        self.resume = resume
+        self.resume = resume and self.output.exists()
         self.resume_step = check_output(self.output, config, resume, overwrite)
 
         devices.seed_everything(config.train.seed + devices.rank())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from xmoe.kernels import tiles
 from xmoe.kernels.triton_gemm import grouped_gate_up, grouped_rows, grouped_sum, grouped_weight, swiglu_backward
-from xmoe.kernels.triton_mxfp4 import compute_dtype, packed_down, packed_gate_up, packed_input_gradient, packed_linear
+from xmoe.kernels.triton_mxfp4 import packed_down, packed_gate_up, packed_input_gradient, packed_linear
 from xmoe.kernels.triton_norm import Experts, combine, sum_slots
 from xmoe.kernels.triton_repack import Repacked
 from xmoe.kernels.triton_routing import SortedRows, sort_rows
@@ -21,10 +21,40 @@ from xmoe.kernels.triton_routing import SortedRows, sort_rows
 Weight = Tensor | Repacked
 
 
-def sort_for(indices: Tensor, num_experts: int, kernel: str) -> SortedRows:
-    """Sort the slots, with the tile map that `kernel` will ask for."""
-    mean = -(-indices.numel() // num_experts)
-    return sort_rows(indices, num_experts, tiles.tile(kernel, mean, indices.device)["BM"])
+def tile_height(count: int, num_experts: int, weight: Weight, device: torch.device) -> int:
+    """Rows a tile for `count` slots over E experts, by what the first product will ask for."""
+    kernel = "mxfp4_gate_up" if isinstance(weight, Repacked) else "grouped_gate_up"
+    return tiles.tile(kernel, -(-count // num_experts), device)["BM"]
+
+
+def sort_for(indices: Tensor, num_experts: int, weight: Weight) -> SortedRows:
+    """Sort the slots, with the tile map that the first product with `weight` will ask for."""
+    return sort_rows(indices, num_experts, tile_height(indices.numel(), num_experts, weight, indices.device))
+
+
+def expert_parts(
+    x: Tensor,
+    rows: SortedRows,
+    gate_up: Weight,
+    gate_up_bias: Tensor,
+    down: Weight,
+    down_bias: Tensor,
+    *,
+    limit: float,
+    alpha: float,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """x [T, D] through both products -> (partial sums [S, T*K, D] in the order of slots, not yet weighed; pre-activation).
+
+    The pre-activation [T*K, 2F], rows sorted by expert, is None without `keep`.
+    """
+    gated = packed_gate_up if isinstance(gate_up, Repacked) else grouped_gate_up
+    active, before = gated(x, rows, gate_up, gate_up_bias, limit=limit, alpha=alpha, keep=keep)
+    if isinstance(down, Repacked):
+        wide = x.dtype == torch.float32
+        dtype = x.dtype if wide else torch.float16 if down.exact else torch.bfloat16
+        return packed_down(active.to(dtype), rows, down, down_bias), before
+    return grouped_rows(active.to(down.dtype), rows, down, down_bias, scatter=True).unsqueeze(0), before
 
 
 def experts_forward(
@@ -41,20 +71,10 @@ def experts_forward(
     norms: bool = False,
     keep: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, SortedRows]:
-    """As :func:`xmoe.kernels.reference.experts`, weights dense or :class:`Repacked` -> (y, norms, pre-activation, rows).
-
-    keep: return the pre-activation [T*K, 2F], rows sorted by expert, which the backward pass needs.
-    """
-    packed = isinstance(gate_up, Repacked)
-    rows = sort_for(indices, gate_up_bias.shape[0], "mxfp4_gate_up" if packed else "grouped_gate_up")
-    if packed:
-        active, before = packed_gate_up(x, rows, gate_up, gate_up_bias, limit=limit, alpha=alpha, keep=keep)
-    else:
-        active, before = grouped_gate_up(x, rows, gate_up, gate_up_bias, limit=limit, alpha=alpha, keep=keep)
-    if isinstance(down, Repacked):
-        partial = packed_down(active.to(compute_dtype(down, x)), rows, down, down_bias)
-    else:
-        partial = grouped_rows(active.to(x.dtype), rows, down, down_bias, scatter=True).unsqueeze(0)
+    """As :func:`xmoe.kernels.reference.experts`, weights dense or :class:`Repacked` -> (y, norms, pre-activation, rows)."""
+    rows = sort_for(indices, gate_up_bias.shape[0], gate_up)
+    biases = {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
+    partial, before = expert_parts(x, rows, gate_up=gate_up, down=down, **biases, limit=limit, alpha=alpha, keep=keep)
     y, lengths = combine(Experts(partial, indices, weights), x.dtype, norms=norms)
     return y, lengths, before, rows
 

@@ -25,9 +25,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from xmoe.errors import CheckpointError
+from xmoe.quantization.packed import PackedWeight
 
 ROWS, INPUTS = 64, 128  # of a tile
 GROUP = 32  # inputs that share a scale
@@ -130,6 +131,67 @@ def unpack(packed: Repacked) -> tuple[Tensor, Tensor]:
         scales[e] = (flat >> 2) + 98 if packed.exact else flat
     scales[packed.odd_places.unbind(1)] = packed.odd_scales
     return blocks, scales
+
+
+class RepackedWeight(PackedWeight):
+    """A :class:`PackedWeight` that holds kernel order alone, so that a model needs the memory once.
+
+    It answers as the weight it was made of: `blocks`, `scales`, `decode`, `select_experts` and the state dict give the
+    checkpoint's own bytes back, unpacked when asked for.
+    """
+
+    def __init__(self, source: PackedWeight, *, paired: bool):
+        nn.Module.__init__(self)
+        self.format, self.shape, self.paired = source.format, source.shape, paired
+        self._hold(repack(source.blocks, source.scales, paired=paired))
+
+    def _hold(self, packed: Repacked) -> None:
+        self.exact = packed.exact
+        tensors = {"codes": packed.codes, "exponents": packed.scales}
+        tensors |= {"odd_places": packed.odd_places, "odd_scales": packed.odd_scales}
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    @property
+    def repacked(self) -> Repacked:
+        """What the kernels take."""
+        held = self.codes, self.exponents, self.shape, self.paired, self.exact, self.odd_places, self.odd_scales
+        return Repacked(*held)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The checkpoint's blocks and scales, unpacked now."""
+        return dict(zip(("blocks", "scales"), unpack(self.repacked)))
+
+    @property
+    def blocks(self) -> Tensor:
+        return self.tensors["blocks"]
+
+    @property
+    def scales(self) -> Tensor:
+        return self.tensors["scales"]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, padding included."""
+        return self.repacked.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    def _rows(self, ids) -> dict[str, Tensor]:
+        return dict(zip(("blocks", "scales"), unpack(self.repacked.select_experts(ids))))
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        destination.update({prefix + name: tensor for name, tensor in self.tensors.items()})
+
+    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        names = [prefix + "blocks", prefix + "scales"]
+        if absent := [name for name in names if name not in state]:
+            missing.extend(absent)
+            return
+        self._hold(repack(*(state[name].to(self.device) for name in names), paired=self.paired))
 
 
 def _join(first: Tensor, second: Tensor) -> Tensor:

@@ -113,6 +113,7 @@ def _choose(logits, bias, indices, weights, tokens, T, E, K: tl.constexpr, EP: t
         score += tl.load(bias + experts, mask=experts < E, other=0.0).to(tl.float32)[None, :]
     # A NaN would never equal the maximum: let it win as the largest, so its row shows NaN weights and valid experts.
     score = tl.where(score == score, score, float("inf"))
+    score = tl.where((tokens < T)[:, None], score, 0.0)
     top = tl.max(score, 1)
     taken = tl.broadcast_to((experts >= E)[None, :], score.shape)
     total = tl.zeros_like(top)

@@ -109,7 +109,7 @@ def test_expert_linear(kind):
     bias = torch.randn(E, 96)
     weight = dense[2].clone().requires_grad_() if kind == "dense" else packed[2]
     with tiles.override(TILES), poisoned_outputs():
-        rows = sort_for(indices, E, "grouped_rows")
+        rows = sort_for(indices, E, weight)
         used = int((indices >= 0).sum())
         x = torch.randn(used, 64).requires_grad_()
         padded = torch.cat((x, torch.zeros(rows.count - used, 64)))

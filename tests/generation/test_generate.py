@@ -7,14 +7,7 @@ import torch
 
 from xmoe.errors import ConfigError
 from xmoe.generation.cache import KVCache
-from xmoe.generation.generate import (
-    GenerationConfig,
-    experts_per_token,
-    generate,
-    left_padded,
-    prefill,
-    stream,
-)
+from xmoe.generation.generate import PromptMemory, generate, left_padded, prefill, stream
 from xmoe.model.config import preset
 
 
@@ -106,6 +99,24 @@ def test_effort_and_experts_per_token_reach_the_router(tiny, setting, k):
     assert got != greedy_without_cache(tiny, prompt, 15)
 
 
+def test_a_prompt_that_goes_on_from_the_last_one_is_not_read_again(tiny):
+    """Through the window's edge, with and without the same number of experts, and back after a long answer."""
+    memory = PromptMemory()
+    first = torch.randint(0, 320, (21,)).tolist()
+    answer = [p.token for p in stream(tiny, None, first, memory=memory, temperature=0, max_new_tokens=40)][:-1]
+    for prompt, k, remembered in (
+        ([*first, *answer[:3], 5, 6], None, 21),
+        ([*first, 9, 9, 9], None, 0),
+        ([*first, 9, 9, 9, 10], None, 24),
+        ([*first, 9, 9, 9, 10, 11], 2, 0),
+        ([*first, 9, 9, 9, 10, 11], 2, 0),
+    ):
+        settings = {"temperature": 0, "max_new_tokens": 20, "num_experts_per_tok": k}
+        *got, last = stream(tiny, None, prompt, memory=memory, **settings)
+        assert last.timing.remembered_tokens == remembered
+        assert [p.token for p in got] == generate(tiny, None, [prompt], **settings)[0].ids
+
+
 # Text: what is shown, and when it ends ------------------------------------------------------------------------------------
 
 
@@ -195,18 +206,6 @@ def test_mistakes_are_one_line_at_the_call(tiny, prompt, settings, says):
         assert "\n" not in str(error.value)
 
 
-def test_effort_without_a_table_says_what_to_do():
-    with pytest.raises(ConfigError, match="set num_experts_per_tok"):
-        experts_per_token(preset("gpt_oss_20b"), reasoning_effort="low")
-
-
-def test_experts_are_bounded_by_the_poorest_layer():
-    config = preset("tiny", num_experts=(10, 4, 6, 5), reasoning_effort=None)
-    assert experts_per_token(config, 4) == 4
-    with pytest.raises(ConfigError, match="4 experts a layer"):
-        experts_per_token(config, 5)
-
-
 def test_truncation_forgets_the_beginning(tiny):
     long = torch.randint(0, 320, (700,)).tolist()
     kept = generate(tiny, None, [long], overflow="truncate", temperature=0, max_new_tokens=12)[0]
@@ -216,8 +215,3 @@ def test_truncation_forgets_the_beginning(tiny):
         tiny, None, [long], overflow="truncate", temperature=0, max_new_tokens=4000, stop_tokens=range(320)
     )
     assert greedy[0].timing.prompt_tokens == 256, "half of the context stays, however much is asked for"
-
-
-def test_settings_are_values():
-    assert GenerationConfig(stop="x").stop == ("x",)
-    assert GenerationConfig(stop_tokens=[1, 1, 2]).stop_tokens == {1, 2}

@@ -106,6 +106,23 @@ class KVCache:
             self._held_from = 0
         self._step = None
 
+    # Going back further than a ring remembers ----------------------------------------------------------------------------
+
+    def mark(self) -> Mark:
+        """Remembers this point, so that `back_to` can return to it from any later one; copies the rings only."""
+        rings = [
+            None if store.ring_size is None or store.k is None else (store.k.clone(), store.v.clone())
+            for store in self._layers
+        ]
+        return Mark(self._length, self._held_from, rings)
+
+    def back_to(self, mark: Mark) -> None:
+        """Forgets everything after `mark`. The cache must not have been truncated below it in the meantime."""
+        for store, ring in zip(self._layers, mark.rings, strict=True):
+            if ring is not None:
+                store.k, store.v = (t.clone() for t in ring)
+        self._length, self._held_from, self._step = mark.length, mark.held_from, None
+
     # For those who handle the batch -----------------------------------------------------------------------------------
 
     @property
@@ -183,6 +200,15 @@ class KVCache:
         column = end - 1 - (end - 1 - slot) % self.ring_size
         # After a truncation some slots hold keys of columns that were taken back; their older keys are gone.
         return self._positions[:, column].masked_fill(column < oldest, -1)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point of a cache: its length, and what its rings held there."""
+
+    length: int
+    held_from: int
+    rings: list[tuple[Tensor, Tensor] | None]
 
 
 @dataclass

@@ -8,54 +8,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from xmoe.errors import ConfigError
-from xmoe.generation.cache import KVCache
-from xmoe.generation.sampling import Sampler, SamplingConfig
+from xmoe.generation.cache import KVCache, Mark
+from xmoe.generation.sampling import Sampler
+from xmoe.generation.settings import GenerationConfig, experts_per_token, read_settings
 from xmoe.generation.stopping import StopStrings
-from xmoe.model.config import EFFORTS
 
 RESERVE = 256  # cache columns allocated beyond the prompt; more come by doubling
-
-
-@dataclass(frozen=True)
-class GenerationConfig:
-    """When to stop, and how to run.
-
-    max_new_tokens: the most tokens to generate.
-    stop: strings that end the text; they are not part of it.
-    stop_tokens: ids that end it; None means the tokenizer's end-of-document token.
-    num_experts_per_tok: how many experts each token visits, set outright; None leaves it to `reasoning_effort`.
-    reasoning_effort: low, medium or high, for models whose config has a table from effort to experts.
-    prefill_chunk: prompt tokens per forward pass; bounds memory, changes nothing else.
-    overflow: what to do with a prompt that fills the context: "error", or "truncate" (forget its beginning).
-    """
-
-    max_new_tokens: int = 256
-    stop: tuple[str, ...] = ()
-    stop_tokens: frozenset[int] | None = None
-    num_experts_per_tok: int | None = None
-    reasoning_effort: str | None = None
-    prefill_chunk: int = 512
-    overflow: str = "error"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        if self.stop_tokens is not None:
-            object.__setattr__(self, "stop_tokens", frozenset(self.stop_tokens))
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; expected 1 or more")
-        if self.prefill_chunk < 1:
-            raise ConfigError(f"prefill_chunk is {self.prefill_chunk}; expected 1 or more")
-        if "" in self.stop:
-            raise ConfigError("a stop string is empty; expected at least one character")
-        if self.overflow not in ("error", "truncate"):
-            raise ConfigError(f"overflow is {self.overflow!r}; expected error or truncate")
 
 
 @dataclass(frozen=True)
@@ -63,6 +28,7 @@ class Timing:
     """Seconds and rates of one run; a rate is None where too few tokens came to have one.
 
     first_token: from the call to the first token (TTFT: tokenizing, prefill, choice). total: from the call to the end.
+    remembered_tokens: how many of the prompt's tokens an earlier run had read already (see PromptMemory).
     decode_tokens_per_second: (new_tokens - 1) / (total - first_token), the rate a reader sees (1 / TPOT).
     """
 
@@ -70,6 +36,7 @@ class Timing:
     new_tokens: int
     first_token: float
     total: float
+    remembered_tokens: int = 0
 
     @property
     def decode_tokens_per_second(self) -> float | None:
@@ -78,7 +45,7 @@ class Timing:
 
     @property
     def prompt_tokens_per_second(self) -> float | None:
-        return self.prompt_tokens / self.first_token if self.first_token > 0 else None
+        return (self.prompt_tokens - self.remembered_tokens) / self.first_token if self.first_token > 0 else None
 
 
 @dataclass(frozen=True)
@@ -110,7 +77,7 @@ class Completion:
 
 
 class TokenSource(Protocol):
-    """Something that decodes in place of `decode`; `xmoe.generation.speculative` has one."""
+    """Decodes in place of `decode` and keeps its promises; `xmoe.generation.speculative` has one."""
 
     rollback: int  # how many tokens it may take back from the cache
 
@@ -119,13 +86,40 @@ class TokenSource(Protocol):
     ) -> Iterator[int]: ...
 
 
+class PromptMemory:
+    """The cache of the last prompt, for a prompt that goes on from there: a chat need not read its history every turn."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[object, list[int], KVCache, Mark] | None = None
+
+    def recall(self, ids: list[int], under: object) -> KVCache | None:
+        """The cache of a true beginning of `ids` that was computed `under` the same conditions, or None."""
+        if self._kept is None or self._kept[0] != under:
+            return None
+        _, known, cache, mark = self._kept
+        if len(known) >= len(ids) or ids[: len(known)] != known:
+            return None
+        cache.back_to(mark)
+        return cache
+
+    def keep(self, ids: list[int], cache: KVCache, under: object) -> None:
+        """`cache` holds exactly `ids` now; it belongs to this memory, and to the run that goes on with it, from here on."""
+        self._kept = (under, ids, cache, cache.mark())
+
+
 def stream(
-    model, tokenizer, prompt: str | Sequence[int], *, source: TokenSource | None = None, **settings
+    model,
+    tokenizer,
+    prompt: str | Sequence[int],
+    *,
+    source: TokenSource | None = None,
+    memory: PromptMemory | None = None,
+    **settings,
 ) -> Iterator[Piece]:
     """Generates from one prompt (text or ids) and yields a `Piece` a token, then a last one with reason and timing.
 
-    settings: fields of GenerationConfig and SamplingConfig. source: decodes speculatively. tokenizer may be None for a
-    prompt of ids; the pieces then have tokens and no text.
+    settings: fields of GenerationConfig and SamplingConfig. source: decodes speculatively. memory: saves reading what the
+    prompt shares with the one before it. tokenizer may be None for a prompt of ids; the pieces then have no text.
 
     Raises ConfigError at the call, before anything runs: an unknown or impossible setting, a prompt beyond the context.
     """
@@ -133,21 +127,26 @@ def stream(
     config, sampling = read_settings(settings)
     k = experts_per_token(model.config, config.num_experts_per_tok, config.reasoning_effort)
     ids, room = _fit(model.config, _prompt_ids(model.config, tokenizer, prompt), config)
-    return _pieces(model, tokenizer, ids, room, config, sampling, k, source, started)
+    return _pieces(model, tokenizer, ids, room, config, sampling, k, source, memory, started)
 
 
-def _pieces(model, tokenizer, ids, room, config, sampling, k, source, started) -> Iterator[Piece]:
+def _pieces(model, tokenizer, ids, room, config, sampling, k, source, memory, started) -> Iterator[Piece]:
     stop_tokens = _stop_tokens(config, tokenizer)
     sampler = Sampler(sampling, rows=1)
     sampler.note(0, ids)
-    cache = KVCache(
-        model.config, reserve=len(ids) + min(room, RESERVE), rollback=0 if source is None else source.rollback
-    )
+    rollback = 0 if source is None else source.rollback
+    cache = memory.recall(ids, (k, rollback)) if memory else None
+    if cache is None:
+        cache = KVCache(model.config, reserve=len(ids) + min(room, RESERVE), rollback=rollback)
+    remembered = cache.length
     tokens_from = decode if source is None else source.tokens
     text = _Text(tokenizer, config.stop)
     count, first, last_token, reason = 0, 0.0, None, _full(room, config)
     for token in tokens_from(model, cache, ids, sampler, num_experts_per_tok=k, chunk=config.prefill_chunk):
-        first = first or time.perf_counter() - started
+        if not first:
+            first = time.perf_counter() - started
+            if memory:
+                memory.keep(ids, cache, (k, rollback))
         if token in stop_tokens:
             last_token, reason = token, "stop_token"
             break
@@ -159,7 +158,7 @@ def _pieces(model, tokenizer, ids, room, config, sampling, k, source, started) -
         if count == room:
             break
     total = time.perf_counter() - started
-    yield Piece(text.rest(), last_token, reason, Timing(len(ids), count, first, total))
+    yield Piece(text.rest(), last_token, reason, Timing(len(ids), count, first, total, remembered))
 
 
 def generate(
@@ -270,8 +269,11 @@ def prefill(
 def decode(
     model, cache: KVCache, ids: list[int], sampler: Sampler, *, num_experts_per_tok: int | None = None, chunk: int = 512
 ) -> Iterator[int]:
-    """Endless tokens after the prompt `ids`, one forward pass each; the caller stops when it has seen enough."""
-    prompt = torch.tensor([ids], device=model.device)
+    """Endless tokens after the prompt `ids`, one forward pass each; the caller stops when it has seen enough.
+
+    The cache may hold a beginning of the prompt already. When the first token comes, it holds the prompt and no more.
+    """
+    prompt = torch.tensor([ids[cache.length :]], device=model.device)
     logits = prefill(model, cache, prompt, num_experts_per_tok=num_experts_per_tok, chunk=chunk)
     while True:
         chosen = sampler.choose(logits)
@@ -300,43 +302,6 @@ def left_padded(rows: Sequence[Sequence[int]], device: torch.device | str = "cpu
 
 
 # Reading what the caller asked for ------------------------------------------------------------------------------------
-
-
-def read_settings(settings: dict) -> tuple[GenerationConfig, SamplingConfig]:
-    """Sorts keyword settings into the two configs; ConfigError on a name neither knows."""
-    own = {f.name for f in fields(GenerationConfig)}
-    chosen = {f.name for f in fields(SamplingConfig)}
-    for name in settings:
-        if name not in own | chosen:
-            raise ConfigError(f"unknown setting {name!r}; known: {', '.join(sorted(own | chosen))}")
-    return (
-        GenerationConfig(**{n: v for n, v in settings.items() if n in own}),
-        SamplingConfig(**{n: v for n, v in settings.items() if n in chosen}),
-    )
-
-
-def experts_per_token(
-    config, num_experts_per_tok: int | None = None, reasoning_effort: str | None = None
-) -> int | None:
-    """K for this run: the number given, else the effort's row in the model's table, else None (the model's own K)."""
-    if num_experts_per_tok is not None:
-        fewest = min(config.experts_in_layer(layer) for layer in range(config.num_hidden_layers))
-        if not 1 <= num_experts_per_tok <= fewest:
-            raise ConfigError(
-                f"num_experts_per_tok is {num_experts_per_tok}; this model has {fewest} experts a layer: "
-                f"expected 1 to {fewest}"
-            )
-        return num_experts_per_tok
-    if reasoning_effort is None:
-        return None
-    if reasoning_effort not in EFFORTS:
-        raise ConfigError(f"unknown reasoning effort {reasoning_effort!r}; expected {', '.join(EFFORTS)}")
-    if not config.reasoning_effort or reasoning_effort not in config.reasoning_effort:
-        raise ConfigError(
-            f"this model's config gives no number of experts for reasoning effort {reasoning_effort!r}; "
-            "set num_experts_per_tok instead (for GPT-OSS, effort is a line of the Harmony system message)"
-        )
-    return config.reasoning_effort[reasoning_effort]
 
 
 def _prompt_ids(model_config, tokenizer, prompt: str | Sequence[int]) -> list[int]:

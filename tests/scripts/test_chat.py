@@ -68,7 +68,7 @@ def test_a_base_model_writes_on_and_says_so(chat):
     code, out, err = chat("base", "--prompt", "def ", "--temperature", 0, "--max-new-tokens", 8)
     assert code == 0
     assert out.startswith("def ")
-    assert "8 tokens" in err
+    assert "[8 tokens, " in err
     assert "tokens/s" in err
     code, out, err = chat("base", "--max-new-tokens", 8, "--temperature", 0, typed="def \n/quit\n")
     assert code == 0
@@ -122,7 +122,7 @@ def test_a_conversation_through_a_pipe(chat, tmp_path):
     assert '"temperature": 0.0' in err
     assert '"num_experts_per_tok": 2' in err
     assert json.loads(file.read_text())["text"].startswith("hello\nworld")
-    assert err.count("5 tokens") == 2
+    assert err.count("[5 tokens,") == 2
     for complaint in (
         "already exists", "unknown command /nonsense", "expected a number", "expected 1 to 10", "takes no system text",
     ):  # fmt: skip

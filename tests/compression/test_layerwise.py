@@ -21,7 +21,7 @@ def test_walk_equals_features_bit_for_bit(model, tokens):
         for v in visits:
             seen[layer, v.batch] = v
 
-    hidden = walk(model.config, model.embed, model.blocks, batches, visit)
+    hidden = walk(model.config, [model.embed(b.tokens) for b in batches], model.blocks, batches, visit)
     for i, batch in enumerate(batches):
         expected = model.features(batch.tokens, positions=batch.positions, norms=True)
         assert torch.equal(model.norm(hidden[i]), expected.hidden)
@@ -35,8 +35,11 @@ def test_walk_equals_features_bit_for_bit(model, tokens):
 
 def test_a_visitor_that_looks_away_stops_no_batch(model, tokens):
     batches = list(as_batches([tokens[:2], tokens[2:]]))
-    looked = walk(model.config, model.embed, model.blocks, batches, lambda layer, block, visits: list(visits))
-    away = walk(model.config, model.embed, model.blocks, batches, lambda layer, block, visits: None)
+
+    def left(visit):
+        return walk(model.config, [model.embed(b.tokens) for b in batches], model.blocks, batches, visit)
+
+    looked, away = left(lambda layer, block, visits: list(visits)), left(lambda layer, block, visits: None)
     assert all(torch.equal(a, b) for a, b in zip(looked, away))
 
 

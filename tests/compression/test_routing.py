@@ -52,7 +52,7 @@ def moments_by_hand(model, tokens) -> dict[str, torch.Tensor]:
                     found[name][layer, e] += value
                 found["max_norm"][layer, e] = max(float(found["max_norm"][layer, e]), r)
 
-    walk(model.config, model.embed, model.blocks, list(as_batches([tokens])), visit)
+    walk(model.config, [model.embed(tokens)], model.blocks, list(as_batches([tokens])), visit)
     return found
 
 

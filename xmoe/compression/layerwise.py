@@ -7,6 +7,9 @@ same walk: batches wait between layers as [B, S, D] tensors, a layer is visited 
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import platform
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -92,7 +95,7 @@ def through_block(
 @torch.no_grad()
 def walk(
     config: ModelConfig,
-    embed: Callable[[Tensor], Tensor],
+    hidden: list[Tensor],
     layers: Iterable[Block],
     batches: list[Batch],
     visit: Callable[[int, Block, Iterator[Visit]], None],
@@ -100,12 +103,11 @@ def walk(
 ) -> list[Tensor]:
     """Send `batches` through `layers`; `visit(layer, block, visits)` sees every layer once, with all batches passing by.
 
-    Returns:
-        What leaves the last block, one [B, S, D] a batch, before the final norm.
+    `hidden` holds the embedded tokens [B, S, D] of each batch. It is overwritten and returned: what leaves the last block,
+    before the final norm.
     """
     inverse = inverse_frequencies(config)
     scale = concentration(config)
-    hidden = [embed(batch.tokens) for batch in batches]
 
     def passing(block: Block) -> Iterator[Visit]:
         for i, batch in enumerate(batches):
@@ -123,4 +125,16 @@ def walk(
         for _ in visits:  # a visitor may look at some batches only; the rest must pass all the same
             pass
         del block, visits  # a layer from disk makes room before the next one is read
+        _return_freed_memory()
     return hidden
+
+
+def _return_freed_memory() -> None:
+    """glibc keeps what decoding experts freed, in pieces too small for the next layer, and would so grow layer by layer."""
+    if _is_glibc():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@functools.cache
+def _is_glibc() -> bool:
+    return platform.libc_ver()[0] == "glibc"

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from xmoe.checkpoint.opened import Checkpoint
+from xmoe.checkpoint.shards import TensorInfo
 from xmoe.checkpoint.weights import stream_layers
 from xmoe.compression.identity import hash_of, model_hash
 from xmoe.compression.layerwise import Batch, Visit, as_batches, real_routing, walk
@@ -311,7 +311,7 @@ def record_routing(
                     stats.observe(layer, real_routing(decided, batch.mask))
             else:
                 choice = chosen.choose(batch.real_tokens)
-                walk(config, model.embed, model.blocks, [batch], observer(stats, chosen, [choice]))
+                walk(config, [model.embed(batch.tokens)], model.blocks, [batch], observer(stats, chosen, [choice]))
     finally:
         model.train(was_training)
     return finish(stats, seen, chosen)
@@ -347,16 +347,22 @@ def record_checkpoint(
     choices = [chosen.choose(batch.real_tokens) for batch in waiting] if chosen else []
     layers = stream_layers(checkpoint, device, dtype)
     layers = tqdm(layers, total=stats.num_layers, desc="recording layers", disable=None)
-    embedding = checkpoint.weight("embed.weight")
-    compute = (
-        embedding.dtype if dtype == "auto" else pick_dtype(str(dtype).removeprefix("torch."), torch.device(device))
-    )
-
-    def embed(tokens: Tensor) -> Tensor:
-        return F.embedding(tokens.cpu(), embedding).to(device, compute)
-
-    walk(config, embed, layers, waiting, observer(stats, chosen, choices))
+    info = checkpoint.reader[checkpoint.stored_names("embed.weight")[0]]
+    compute = info.dtype if dtype == "auto" else pick_dtype(str(dtype).removeprefix("torch."), torch.device(device))
+    hidden = [_embed(info, batch.tokens).to(device, compute) for batch in waiting]
+    walk(config, hidden, layers, waiting, observer(stats, chosen, choices))
     return finish(stats, seen, chosen)
+
+
+def _embed(embedding: TensorInfo, tokens: Tensor) -> Tensor:
+    """Rows of an embedding on disk. Read, not mapped: a mapping would keep most of the table's pages in memory."""
+    ids, places = tokens.cpu().unique(return_inverse=True)
+    rows = bytearray(len(ids) * embedding.row_bytes)
+    with open(embedding.file, "rb", buffering=0) as file:
+        for i, row in enumerate(ids.tolist()):
+            file.seek(embedding.start + row * embedding.row_bytes)
+            file.readinto(memoryview(rows)[i * embedding.row_bytes : (i + 1) * embedding.row_bytes])
+    return torch.frombuffer(rows, dtype=embedding.dtype).view(len(ids), -1)[places]
 
 
 def observer(stats: RoutingStats, sample: TokenSample | None, choices: list[tuple[Tensor, Tensor]]):

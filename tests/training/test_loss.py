@@ -1,16 +1,13 @@
-"""The training loss term by term, balancing over micro batches, the selection bias and the effort sampler."""
+"""The training loss term by term, and balancing over micro batches."""
 
 from __future__ import annotations
 
-from collections import Counter
-
-import pytest
 import torch
 
 from xmoe.model.config import preset
 from xmoe.model.router import load_balancing_loss, tokens_per_expert, z_loss
 from xmoe.model.transformer import build
-from xmoe.training.loss import EffortSampler, SelectionBias, StepLoad, training_loss
+from xmoe.training.loss import StepLoad, training_loss
 
 
 def small_model(**changes):
@@ -126,59 +123,3 @@ def test_with_one_expert_per_token_the_language_model_does_not_move_the_router()
     losses = losses_of(model, text(model, 2), StepLoad(), lb=0.01, z=0.0, k=1)
     (gradient,) = torch.autograd.grad(losses.total, [model.blocks[1].moe.router.weight])
     assert gradient.abs().max() > 1e-6  # balancing alone moves it
-
-
-def test_the_selection_bias_feeds_the_hungry_and_is_gone_at_the_end():
-    model = small_model()
-    bias = SelectionBias(model, rate=0.1)
-    rows = [torch.tensor([30, 0, 3, 3, 3, 3, 3, 3, 3, 9])] * 2
-    bias.update(rows, progress=0.1)
-    router = model.blocks[1].moe.router
-    assert abs(float(router.selection_bias.mean())) < 1e-7
-    raised = router.selection_bias > 0
-    assert raised.tolist() == [False, True, True, True, True, True, True, True, True, False]
-    bias.apply(0.9)
-    torch.testing.assert_close(router.selection_bias, bias.bias[1] * 0.5)
-    bias.apply(1.0)
-    assert router.selection_bias is None
-
-
-def test_the_selection_bias_changes_the_choice_but_not_the_weights():
-    model = small_model()
-    router, x = model.blocks[0].moe.router, torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
-    before = router(x)
-    router.selection_bias = torch.zeros(10)
-    router.selection_bias[7] = 1e4
-    after = router(x)
-    assert (after.indices == 7).any(-1).all() and not (before.indices == 7).any(-1).all()
-    assert torch.equal(before.logits, after.logits)
-    torch.testing.assert_close(after.weights, after.logits.gather(-1, after.indices).softmax(-1))
-
-
-def test_the_selection_bias_evens_the_load_without_any_loss():
-    model = small_model()
-    router = model.blocks[0].moe.router
-    x = torch.randn(400, 64, generator=torch.Generator().manual_seed(0)) + 0.5
-    bias = SelectionBias(model, rate=0.05)
-    spread = []
-    for _ in range(200):
-        rows = tokens_per_expert(router(x))
-        spread.append(int(rows.max() - rows.min()))
-        bias.update([rows, rows], progress=0.0)
-    assert spread[-1] < 0.3 * spread[0]
-
-
-@pytest.mark.parametrize("per_layer", [False, True])
-def test_effort_is_drawn_as_often_as_asked_and_again_the_same(per_layer):
-    table = {"low": 1, "medium": 2, "high": 4}
-    sampler = EffortSampler(table, {"low": 1.0, "medium": 2.0, "high": 1.0}, per_layer, layers=3, seed=9)
-    draws = [sampler.draw(step) for step in range(2000)]
-    flat = [k for draw in draws for k in (draw if per_layer else [draw])]
-    counts = Counter(flat)
-    assert set(counts) == {1, 2, 4}
-    assert abs(counts[2] / len(flat) - 0.5) < 0.05 and abs(counts[1] / len(flat) - 0.25) < 0.05
-    if per_layer:
-        assert all(len(draw) == 3 for draw in draws) and any(len(set(draw)) == 3 for draw in draws)
-    assert draws[700:] == [sampler.draw(step) for step in range(700, 2000)]
-    other = EffortSampler(table, {"low": 1.0, "medium": 2.0, "high": 1.0}, per_layer, layers=3, seed=10)
-    assert draws != [other.draw(step) for step in range(2000)]

@@ -5,16 +5,10 @@
 The sum over layers, not the mean, so that each router feels the same pressure in a deep model as in a shallow one; what is
 *reported* is the mean, where 1.0 says even for any depth, E and K. Layers with a single expert have nothing to balance and are
 left out.
-
-Why k = 1 needs help: the routing weights are a softmax over the chosen logits, so with one expert the weight is 1 whatever the
-logits are and the language-model term gives that router no gradient at all. Only LBL and z then move it, and neither knows
-which expert is the right one. `EffortSampler` therefore draws the number of experts anew for each step: the steps with two or
-four experts teach the router an order, and the first of that order is what a step (or a user) with one expert gets.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,7 +17,7 @@ from torch import Tensor
 
 from xmoe.kernels import dispatch
 from xmoe.model.router import Routing, load_balancing_loss, tokens_per_expert, z_loss
-from xmoe.model.transformer import Features, Transformer
+from xmoe.model.transformer import Features
 
 
 class Losses(NamedTuple):
@@ -91,67 +85,3 @@ def training_loss(
     lb, z = torch.stack(balance), torch.stack(squares)
     total = lm + load_balancing_coef * lb.sum() + z_loss_coef * z.sum()
     return Losses(total, lm, lb.mean(), z.mean())
-
-
-class SelectionBias:
-    """Balancing without an auxiliary loss (arXiv 2408.15664): a bias per expert that takes part in the choice only.
-
-    After each step the bias of an expert with less than its share rises by `rate` and that of one with more falls, and the
-    mean is taken out. No file format has room for such a bias (GPT-OSS's router bias also changes the weights), so over the
-    last `FADE` of the run it is scaled down to exactly 0: the model that is saved at the end routes as the one that trained.
-    """
-
-    FADE = 0.2
-
-    def __init__(self, model: Transformer, rate: float) -> None:
-        self.rate = rate
-        self.routers = [block.moe.router for block in model.blocks]
-        self.bias = [torch.zeros(r.weight.shape[0], dtype=torch.float32, device=r.weight.device) for r in self.routers]
-
-    @torch.no_grad()
-    def update(self, rows: Sequence[Tensor], progress: float) -> None:
-        """Move after a step with row counts `rows` [E] a layer; `progress` is the finished fraction of the run, 0..1."""
-        for bias, counts in zip(self.bias, rows):
-            counts = counts.to(bias.device, torch.float32)
-            bias += self.rate * torch.sign(counts.mean() - counts)
-            bias -= bias.mean()
-        self.apply(progress)
-
-    def apply(self, progress: float) -> None:
-        """Hand the faded bias to the routers; none at all once the run is over."""
-        fade = min(1.0, (1.0 - progress) / self.FADE)
-        for router, bias in zip(self.routers, self.bias):
-            router.selection_bias = bias * fade if fade > 0 else None
-
-    def state_dict(self) -> dict:
-        return {"bias": self.bias}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.bias = [new.to(old.device) for new, old in zip(state["bias"], self.bias)]
-
-
-class EffortSampler:
-    """Draws how many experts a token visits in a step, so that one checkpoint serves every reasoning effort.
-
-    Args:
-        experts: effort -> experts per token, from the model's `reasoning_effort` table, for example {low: 1, medium: 2, high: 4}.
-        weights: effort -> how often, in any unit. Compute grows with the mean of k, so this is also the price.
-        per_layer: draw for each layer by itself (arXiv 2509.26520) instead of once for the whole step.
-        layers: of the model.
-
-    The draw depends on the seed and the step alone, so a resumed run draws what it would have drawn.
-    """
-
-    def __init__(
-        self, experts: dict[str, int], weights: dict[str, float], per_layer: bool, layers: int, seed: int
-    ) -> None:
-        self.choices = [experts[effort] for effort in weights]
-        self.weights = list(weights.values())
-        self.per_layer, self.layers, self.seed = per_layer, layers, seed
-
-    def draw(self, step: int) -> int | list[int]:
-        """k of this step, or one a layer."""
-        generator = random.Random(f"effort {self.seed} {step}")
-        if self.per_layer:
-            return generator.choices(self.choices, self.weights, k=self.layers)
-        return generator.choices(self.choices, self.weights)[0]

@@ -32,12 +32,14 @@ from xmoe.errors import ConfigError
 from xmoe.kernels import dispatch
 from xmoe.model.config import ModelConfig
 from xmoe.model.transformer import Transformer, build
+from xmoe.training.effort import EffortSampler
 from xmoe.training.guard import Guard, gradient_norms
 from xmoe.training.interrupt import Interruption
-from xmoe.training.loss import EffortSampler, SelectionBias, StepLoad, training_loss
+from xmoe.training.loss import StepLoad, training_loss
 from xmoe.training.metrics import Log, LogConfig, Window
 from xmoe.training.optim import OptimConfig, Optimizer
 from xmoe.training.run_folder import check_disk, check_output, open_folder
+from xmoe.training.selection_bias import SelectionBias
 
 
 @dataclass(frozen=True)

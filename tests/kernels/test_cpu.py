@@ -49,7 +49,8 @@ def check(operation: str, backend, inputs: list[Tensor], dtype: torch.dtype, *ar
     found = run(lambda *x: first(getattr(backend, operation)(*x, *arguments, **options)), inputs, dtype)
     expected = run(lambda *x: first(getattr(reference, operation)(*x, *arguments, **options)), inputs)
     for i, (a, b) in enumerate(zip(found, expected)):
-        assert relative_error(a, b) < bound or (a.float() - b.float()).abs().max() < 1e-7, f"{operation}: tensor {i}"
+        # values here are of order 1; the absolute bound is for sums of many that happen to cancel
+        assert relative_error(a, b) < bound or (a.float() - b.float()).abs().max() < 5e-6, f"{operation}: tensor {i}"
 
 
 def first(result):

@@ -36,7 +36,7 @@ _SIGNATURES = {
     "gather_rows": "pppllppp",
     "swiglu_forward": "pppllffp",
     "swiglu_backward": "pppllffppppp",
-    "grouped_product": "ppiiplllp",
+    "grouped_product": "ppiipplllp",
     "grouped_gradient": "ppplllpi",
     "combine": "ppppppplll",
     "column_sums": "pppllp",
@@ -125,14 +125,17 @@ def _whole(rows: int) -> Tensor:
     return torch.tensor([0, rows])
 
 
-def _product(x: Tensor, weight: Tensor, offsets: Tensor, out: Tensor, transposed: bool = False) -> Tensor:
+def _product(
+    x: Tensor, weight: Tensor, offsets: Tensor, out: Tensor, bias: Tensor | None = None, transposed: bool = False
+) -> Tensor:
     """out [R, N] = x [R, I] times the weight [E, N, I] of each row's expert, or [E, I, N] where `transposed`.
 
-    The weight may be fp32 beside rows in bf16: it is rounded on the way, and no converted copy of it exists.
+    The weight may be fp32 beside rows in bf16: it is rounded on the way, and no converted copy of it exists. bias is
+    fp32 [E, N].
     """
     E, inner, columns = offsets.numel() - 1, x.shape[1], out.shape[1]
     is_float = weight.dtype == torch.float32
-    _run("grouped_product", x.dtype, x, weight, is_float, transposed, offsets, E, inner, columns, out)
+    _run("grouped_product", x.dtype, x, weight, is_float, transposed, bias, offsets, E, inner, columns, out)
     return out
 
 
@@ -160,9 +163,8 @@ class _Linear(Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         rows, w = x.reshape(-1, x.shape[-1]).to(dtype).contiguous(), _weight(weight, dtype)
-        y = _product(rows, w, _whole(len(rows)), torch.empty(len(rows), len(w), dtype=dtype))
-        if bias is not None:
-            y += bias
+        b = None if bias is None else bias.float().contiguous()
+        y = _product(rows, w, _whole(len(rows)), torch.empty(len(rows), len(w), dtype=dtype), b)
         ctx.save_for_backward(rows, w)
         ctx.shape, ctx.types = x.shape, (x.dtype, weight.dtype, None if bias is None else bias.dtype)
         return y.view(*x.shape[:-1], len(w))
@@ -377,14 +379,17 @@ class _Experts(Function):
             "swiglu_backward", dtype, hidden, b1, offsets, rows, F, ctx.limit, ctx.alpha,
             row_weight, dact, weighted, dhidden, dweight,
         )  # fmt: skip
-        dw2 = _gradient(dout, weighted, offsets, torch.empty_like(w2))
+        dw1 = dw2 = None
+        if ctx.needs_input_grad[5]:
+            dw2 = _gradient(dout, weighted, offsets, torch.empty_like(w2))
+        if ctx.needs_input_grad[3]:
+            dw1 = _gradient(dhidden, _gather(x, token, rows), offsets, torch.empty_like(w1))
         db1, db2 = _column_sums(dhidden, offsets), _column_sums(dout, offsets, row_weight)
-        dw1 = _gradient(dhidden, _gather(x, token, rows), offsets, torch.empty_like(w1))
         dx_rows = _product(dhidden, w1, offsets, dout, transposed=True)  # into dout's room
         dx = torch.empty_like(x)
         _run("combine", dtype, dx_rows, place, None, None, None, dx, None, T, K, D)
         dweights = torch.where(place < 0, 0.0, dweight[place.clamp(min=0)] if rows else 0.0)
-        gradients = [g.to(t) for g, t in zip((dweights, dw1, db1, dw2, db2), ctx.types)]
+        gradients = [None if g is None else g.to(t) for g, t in zip((dweights, dw1, db1, dw2, db2), ctx.types)]
         return dx, None, *gradients, None, None, None, None
 
 
@@ -425,7 +430,7 @@ class _LinearCrossEntropy(Function):
     """The gradient of the logits is known as soon as they are, so it replaces them and both products follow at once."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, dtype, needs_grad: bool) -> Tensor:
+    def forward(ctx, hidden, weight, targets, dtype, needs_grad: bool, needs_weight_grad: bool) -> Tensor:
         (T, D), V = hidden.shape, weight.shape[0]
         h, w = hidden.to(dtype).contiguous(), _weight(weight, dtype)
         scale = 1.0 / max(int((targets >= 0).sum()), 1)
@@ -445,7 +450,7 @@ class _LinearCrossEntropy(Function):
                 _run("cross_entropy", dtype, part, targets[s], len(part), V, scale, losses[s])
                 if dh is not None:
                     _product(part, w, rows, dh[s], transposed=True)
-            if dh is not None:
+            if needs_weight_grad:
                 piece = torch.empty(V, D, dtype=torch.float32)
                 _gradient(logits[:count], h[start : start + count], _whole(count), piece)
                 dw = piece if dw is None else dw.add_(piece)
@@ -459,11 +464,13 @@ class _LinearCrossEntropy(Function):
         dh, dw = ctx.saved_tensors
         by = float(grad)
         if by != 1.0:
-            dh, dw = dh * by, dw * by
-        return dh.to(ctx.types[0]), dw.to(ctx.types[1]), None, None, None
+            dh, dw = dh * by, None if dw is None else dw * by
+        return dh.to(ctx.types[0]), None if dw is None else dw.to(ctx.types[1]), None, None, None, None
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """See :func:`xmoe.kernels.reference.linear_cross_entropy`; logits exist for a bounded number of rows at a time."""
-    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _LinearCrossEntropy.apply(hidden, weight, targets.contiguous(), compute_dtype(hidden), needs_grad)
+    needs_weight_grad = torch.is_grad_enabled() and weight.requires_grad
+    needs_grad = needs_weight_grad or (torch.is_grad_enabled() and hidden.requires_grad)
+    dtype = compute_dtype(hidden)
+    return _LinearCrossEntropy.apply(hidden, weight, targets.contiguous(), dtype, needs_grad, needs_weight_grad)

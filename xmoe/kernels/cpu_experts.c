@@ -11,6 +11,7 @@
 #define DEPTH 256  /* inner dimension taken at a time, so that a packed panel stays in the first cache */
 #define ROWS 512   /* rows of a task: few enough to stay in the second cache, many enough to repay packing the panel, */
 #define FEW_ROWS 64 /* but no more than leave work for every thread, down to this many */
+#define HANDFUL 4  /* rows up to which a product only reads the weight once, unpacked: the case of decoding */
 #define STRIPE 96  /* rows of a weight gradient that a task computes */
 
 /* to[rows x cols], zero beyond used_rows and used_cols, from elements or floats; cols a multiple of LANES */
@@ -42,8 +43,55 @@ static int64_t cut(const int64_t *offsets, int64_t experts, int64_t most, struct
     return n;
 }
 
-static void rows_times_panel(const element *x, const void *weight, int weight_is_float, int transposed, int64_t inner,
-                             int64_t columns, struct stretch s, int64_t panel, element *y, char *room) {
+/* `count` rows of floats times four rows of a weight, of which `used` exist, reading along the inner dimension */
+INLINE void dot_products(int count, const float *x, const char *weight, int weight_is_float, int64_t size, int64_t inner,
+                         int64_t used, float sums[HANDFUL][4]) {
+    vf sum[HANDFUL][4] = {0};
+    for (int64_t k = 0; k < inner; k += LANES) {
+        vf w[4];
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; c++) {
+            const char *from = weight + ((c < used ? c : 0) * inner + k) * size;
+            w[c] = weight_is_float ? load_float_part((const float *)from, inner - k) : load_part((const element *)from, inner - k);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < count; r++) {
+            vf v = load_float_part(x + r * inner + k, inner - k);
+#pragma GCC unroll 4
+            for (int c = 0; c < 4; c++) sum[r][c] += v * w[c];
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < count; r++)
+        for (int c = 0; c < 4; c++) sums[r][c] = sum_lanes(sum[r][c]);
+}
+
+static void handful_times_panel(const element *x, const void *weight, int weight_is_float, const float *bias, int64_t inner,
+                                int64_t columns, struct stretch s, int64_t panel, element *y, float *rows) {
+    int64_t last = smaller(columns, panel + PANEL), size = weight_is_float ? 4 : sizeof(element);
+    for (int64_t i = 0; i < s.count * inner; i += LANES)
+        store_float_part(rows + i, load_part(x + s.first * inner + i, s.count * inner - i), s.count * inner - i);
+    for (int64_t c = panel; c < last; c += 4) {
+        const char *from = (const char *)weight + (s.expert * columns + c) * inner * size;
+        float sums[HANDFUL][4];
+        switch (s.count) {
+        case 1: dot_products(1, rows, from, weight_is_float, size, inner, last - c, sums); break;
+        case 2: dot_products(2, rows, from, weight_is_float, size, inner, last - c, sums); break;
+        case 3: dot_products(3, rows, from, weight_is_float, size, inner, last - c, sums); break;
+        default: dot_products(4, rows, from, weight_is_float, size, inner, last - c, sums);
+        }
+        for (int64_t r = 0; r < s.count; r++)
+            for (int64_t i = 0; i < smaller(4, last - c); i++)
+                store_one(y + (s.first + r) * columns + c + i, sums[r][i] + (bias ? bias[s.expert * columns + c + i] : 0.0f));
+    }
+}
+
+static void rows_times_panel(const element *x, const void *weight, int weight_is_float, int transposed, const float *bias,
+                             int64_t inner, int64_t columns, struct stretch s, int64_t panel, element *y, char *room) {
+    if (s.count <= HANDFUL && !transposed) {
+        handful_times_panel(x, weight, weight_is_float, bias, inner, columns, s, panel, y, (float *)room);
+        return;
+    }
     int64_t width = smaller(PANEL, columns - panel), lanes = round_up(width, LANES), size = weight_is_float ? 4 : sizeof(element);
     element *flat = carve(&room, PANEL * DEPTH * sizeof(element));
     unit *spare = carve(&room, PANEL * DEPTH * 4), *right = carve(&room, PANEL * DEPTH * 4);
@@ -74,18 +122,23 @@ static void rows_times_panel(const element *x, const void *weight, int weight_is
         product(s.count, lanes, units, left, left_row, panel_units, panel_row, sum, PANEL, k > 0);
     }
     for (int64_t r = 0; r < s.count; r++)
-        for (int64_t i = 0; i < width; i += LANES)
-            store_part(y + (s.first + r) * columns + panel + i, load_float(sum + r * PANEL + i), width - i);
+        for (int64_t i = 0; i < width; i += LANES) {
+            vf v = load_float(sum + r * PANEL + i);
+            if (bias) v += load_float_part(bias + s.expert * columns + panel + i, width - i);
+            store_part(y + (s.first + r) * columns + panel + i, v, width - i);
+        }
 }
 
-/* y [rows, columns] = x [rows, inner] times the weight of each row's expert:
+/* y [rows, columns] = x [rows, inner] times the weight of each row's expert, plus bias [experts, columns] or NULL:
  * weight [experts, columns, inner] as it stands in a layer, or, `transposed`, [experts, inner, columns]. */
-int NAME(grouped_product)(const element *x, const void *weight, int weight_is_float, int transposed, const int64_t *offsets,
-                          int64_t experts, int64_t inner, int64_t columns, element *y) {
+int NAME(grouped_product)(const element *x, const void *weight, int weight_is_float, int transposed, const float *bias,
+                          const int64_t *offsets, int64_t experts, int64_t inner, int64_t columns, element *y) {
     int64_t panels = (columns + PANEL - 1) / PANEL, most = ROWS;
     while (most > FEW_ROWS && cut(offsets, experts, most, NULL) * panels < 4 * max_threads()) most /= 2;
     int64_t pieces = cut(offsets, experts, most, NULL);
-    int64_t bytes = round_up(PANEL * DEPTH * 12 + ROWS * PANEL * 4 + ROWS * DEPTH * 8 + 4096, 4096);
+    int64_t bytes = PANEL * DEPTH * 12 + ROWS * PANEL * 4 + ROWS * DEPTH * 8;
+    if (HANDFUL * inner * 4 > bytes) bytes = HANDFUL * inner * 4;
+    bytes = round_up(bytes + 4096, 4096);
     if (!pieces) return 0;
     struct stretch *piece = malloc(pieces * sizeof(struct stretch));
     char *room = rooms(bytes * max_threads());
@@ -94,8 +147,8 @@ int NAME(grouped_product)(const element *x, const void *weight, int weight_is_fl
         cut(offsets, experts, most, piece);
 #pragma omp parallel for schedule(dynamic)
         for (int64_t task = 0; task < pieces * panels; task++)
-            rows_times_panel(x, weight, weight_is_float, transposed, inner, columns, piece[task / panels], task % panels * PANEL,
-                             y, room + bytes * thread_number());
+            rows_times_panel(x, weight, weight_is_float, transposed, bias, inner, columns, piece[task / panels],
+                             task % panels * PANEL, y, room + bytes * thread_number());
     }
     free(piece), free(room);
     return failed;

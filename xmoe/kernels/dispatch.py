@@ -15,20 +15,27 @@ import torch
 from torch import Tensor
 
 from xmoe.errors import ConfigError
-from xmoe.kernels import cpu, memory, portable, reference
+from xmoe.kernels import cpu, memory, portable, reference, triton_backend
 from xmoe.quantization.packed import PackedWeight
 
-BACKENDS = ("reference", "portable", "cpu")
+BACKENDS = ("reference", "portable", "cpu", "triton")
 _forced: list[str] = []
 
 
 @contextlib.contextmanager
 def use(backend: str) -> Iterator[None]:
-    """Run every operation inside the block on one backend: reference, portable or cpu."""
+    """Run every operation inside the block on one backend: reference, portable, cpu or triton.
+
+    Under cpu and triton, what that backend has no kernel for is still portable.
+    """
     if backend not in BACKENDS:
         raise ConfigError(f"kernel backend {backend!r} is unknown; choose {', '.join(BACKENDS)}")
     if backend == "cpu" and not cpu.available():
         raise ConfigError(f"kernel backend 'cpu' is not there: {cpu.reason()}; choose portable or reference")
+    if backend == "triton" and not torch.cuda.is_available():
+        raise ConfigError(
+            "kernel backend 'triton' needs a CUDA device, and there is none; choose portable or reference"
+        )
     _forced.append(backend)
     try:
         yield
@@ -36,35 +43,44 @@ def use(backend: str) -> Iterator[None]:
         _forced.pop()
 
 
-def _choose(x: Tensor, fits_c: bool = True) -> ModuleType:
-    """The module whose operation takes x. `fits_c`: whether everything but device and dtype suits the C kernels."""
+def _choose(x: Tensor, c_takes: bool = True, triton_takes: bool = True) -> ModuleType:
+    """The module whose operation takes x; the flags say whether the other arguments suit the C and Triton kernels."""
     forced = _forced[-1] if _forced else None
     if forced == "reference":
         return reference
-    if x.device.type == "cpu" and torch.is_grad_enabled():
-        memory.keep_freed_pages()
-    if forced == "portable" or x.device.type != "cpu" or not cpu.available():
+    if x.device.type == "cpu":
+        if torch.is_grad_enabled():
+            memory.keep_freed_pages()
+        if c_takes and forced in (None, "cpu") and cpu.available() and cpu.compute_dtype(x) in cpu.ELEMENTS:
+            return cpu
         return portable
-    return cpu if fits_c and cpu.compute_dtype(x) in cpu.ELEMENTS else portable
+    runs = triton_takes and forced in (None, "triton")
+    if runs and triton_backend.reason(x.device, portable.compute_dtype(x)) is None:
+        return triton_backend
+    return portable
 
 
 def describe(device: torch.device | str, dtype: torch.dtype) -> str:
-    """Which path the operations take on this device in this dtype, and why: a line each where they differ."""
+    """Which path the operations take on this device in this dtype, and why; one sentence."""
     device = torch.device(device)
-    if _forced:
-        return f"kernels: {_forced[-1]}, as `use` asks"
+    forced = _forced[-1] if _forced else None
+    if forced in ("reference", "portable"):
+        return f"{forced} PyTorch on {device.type}, as `use` asks"
     if device.type != "cpu":
-        return f"kernels: portable PyTorch on {device.type}"
+        why_not = triton_backend.reason(device, dtype)
+        if why_not is not None:
+            return f"portable PyTorch on {device.type}: {why_not}"
+        return f"Triton kernels on {device.type}; plain products and the loss: PyTorch; int8 and int4 experts: portable"
     if not cpu.available():
-        return f"kernels: portable PyTorch on the CPU, because {cpu.reason()}"
+        return f"portable PyTorch on the CPU: {cpu.reason()}"
     if dtype not in cpu.ELEMENTS:
-        return f"kernels: portable PyTorch on the CPU, because the C kernels know bfloat16 and float32, not {dtype}"
-    return f"kernels: {cpu.describe()}; experts in packed formats: portable PyTorch, decoded one at a time"
+        return f"portable PyTorch on the CPU: the C kernels know bfloat16 and float32, not {dtype}"
+    return f"{cpu.describe()}; packed experts: portable PyTorch, decoded one at a time"
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """See :func:`xmoe.kernels.reference.linear`."""
-    return _choose(x).linear(x, weight, bias)
+    return _choose(x, triton_takes=False).linear(x, weight, bias)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -89,7 +105,7 @@ def attention(
     scale: float | None = None,
 ) -> Tensor:
     """See :func:`xmoe.kernels.reference.attention`."""
-    backend = _choose(q, fits_c=q.shape[-1] % 2 == 0)
+    backend = _choose(q, c_takes=q.shape[-1] % 2 == 0)
     return backend.attention(q, k, v, sinks, window=window, q_pos=q_pos, k_pos=k_pos, scale=scale)
 
 
@@ -107,7 +123,8 @@ def experts(
     norms: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """See :func:`xmoe.kernels.reference.experts`."""
-    backend = _choose(x, fits_c=isinstance(gate_up, Tensor) and isinstance(down, Tensor))
+    dense = isinstance(gate_up, Tensor) and isinstance(down, Tensor)
+    backend = _choose(x, c_takes=dense, triton_takes=dense or triton_backend.takes(gate_up, down))
     return backend.experts(
         x, indices, weights, gate_up, gate_up_bias, down, down_bias, limit=limit, alpha=alpha, norms=norms
     )
@@ -115,4 +132,4 @@ def experts(
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """See :func:`xmoe.kernels.reference.linear_cross_entropy`."""
-    return _choose(hidden).linear_cross_entropy(hidden, weight, targets)
+    return _choose(hidden, triton_takes=False).linear_cross_entropy(hidden, weight, targets)

@@ -1,0 +1,41 @@
+"""Freed memory stays with the process, so that the second step does not fault its pages in again."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import resource, sys, torch
+from xmoe.kernels import memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(64 << 20, dtype=torch.uint8).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+if sys.argv[1] == "keep":
+    assert memory.keep_freed_pages() and memory.keep_freed_pages()
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting belongs to glibc")
+def test_a_second_allocation_faults_no_pages():
+    counts = {}
+    for mode in ("keep", "default"):
+        done = subprocess.run([sys.executable, "-c", PROGRAM, mode], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        counts[mode] = int(done.stdout)
+    assert counts["keep"] < 100 < counts["default"]
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    from xmoe.kernels import memory
+
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    assert memory.keep_freed_pages.__wrapped__() is False

@@ -21,12 +21,12 @@ def arguments(argv: list[str] | None):
         "--reasoning-effort", metavar="low|medium|high", help="how long to think, or how many experts to ask"
     )
     p.add_argument("--num-experts-per-tok", type=int, metavar="K", help="experts each token visits")
-    p.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8; 1.0 with Harmony)")
+    p.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (default: 0.8; 1.0 with Harmony)")
     p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling (default: off)")
     p.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens (default: off)")
     p.add_argument("--min-p", type=float, default=0.0, metavar="P", help="least share of the best (default: off)")
     p.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: less repetition")
-    p.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="(default: 256; 4096 with Harmony)")
+    p.add_argument("--max-new-tokens", type=int, metavar="N", help="(default: 256; 4096 with Harmony)")
     p.add_argument("--hide-analysis", action="store_true", help="do not show the model's thoughts (Harmony)")
     p.add_argument("--plan", metavar="PLAN", help="try a pruning plan without cutting")
     draft = p.add_mutually_exclusive_group()
@@ -36,8 +36,6 @@ def arguments(argv: list[str] | None):
     draft.add_argument("--prompt-lookup", action="store_true", help="speculate that the text repeats itself")
     p.add_argument("--draft-tokens", type=int, default=4, metavar="N", help="tokens drafted at a time (default: 4)")
     command.add_common(p)
-    # So that a value that was typed can be told from a default: Harmony's own defaults differ.
-    p.set_defaults(temperature=None, max_new_tokens=None, seed=None)
     args = p.parse_args(argv)
     if args.json and args.prompt is None:
         p.error("--json answers one prompt; give --prompt TEXT")

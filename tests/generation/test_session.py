@@ -103,6 +103,15 @@ def test_a_second_turn_reads_only_what_is_new(tiny, tokenizer, kind):
     assert second.timing.remembered_tokens == first.timing.prompt_tokens
 
 
+def test_a_seed_makes_a_conversation_and_not_every_turn_the_same(tiny, tokenizer):
+    def turns(seed):
+        chat = Continuation(tiny, tokenizer, {"max_new_tokens": 12, "seed": seed})
+        return ["".join(p.text for p in chat.ask("a")) for _ in range(2)]
+
+    assert turns(3) == turns(3)
+    assert len(set(turns(3))) == 2
+
+
 def test_effort_and_experts_follow_one_another(tiny, tokenizer):
     chat = Continuation(tiny, tokenizer, {"max_new_tokens": 2})
     chat.set_effort("high")

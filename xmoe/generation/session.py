@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from xmoe.errors import ConfigError
-from xmoe.generation.generate import PromptMemory, Timing, TokenSource, experts_per_token, stream
+from xmoe.generation.generate import Piece, PromptMemory, Timing, TokenSource, experts_per_token, stream
 from xmoe.generation.harmony import Conversation, Harmony, Message
 from xmoe.model.config import EFFORTS
 
@@ -158,15 +158,14 @@ def plain_transcript(messages: list[Message], system: str = "") -> str:
     return "\n".join([*turns, "Assistant:"])
 
 
-def _stream(session: Session, prompt: str | list[int], **fixed):
-    return stream(
-        session.model,
-        session.tokenizer,
-        prompt,
-        source=session.source,
-        memory=session.memory,
-        **{**session.settings, **fixed},
-    )
+def _stream(session: Session, prompt: str | list[int], **fixed) -> Iterator[Piece]:
+    settings = {**session.settings, **fixed}
+    pieces = stream(session.model, session.tokenizer, prompt, source=session.source, memory=session.memory, **settings)
+    if settings.get("seed") is not None:
+        session.settings["seed"] += (
+            1  # the same question asked twice gets two answers, a conversation run twice the same
+        )
+    return pieces
 
 
 def set_experts(session: Session, k: int | None) -> None:

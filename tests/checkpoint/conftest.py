@@ -203,11 +203,12 @@ def by_hand():
 
 @pytest.fixture
 def published(tmp_path):
-    """(layout, seed=0, **shape changes) -> a folder in that layout over three shards."""
+    """(layout, seed=0, **shape changes) -> a folder in that layout over three shards, written once a test."""
 
     def write(layout: str, seed: int = 0, **changes) -> Path:
         shape = shape_of(**changes)
-        return write_published(tmp_path / f"published-{layout}-{seed}", layout, shape, random_tensors(shape, seed))
+        folder = tmp_path / f"published-{layout}-{seed}"
+        return folder if folder.exists() else write_published(folder, layout, shape, random_tensors(shape, seed))
 
     return write
 

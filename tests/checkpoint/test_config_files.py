@@ -111,7 +111,7 @@ def test_plain_rope_and_unusual_yarn():
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"swiglu_alpha": 1.0}, "swiglu_alpha"),
         ({"attention_bias": False}, "attention_bias"),
-        ({"experts_per_token": 2}, "contradicts itself: num_experts_per_tok 4, experts_per_token 2"),
+        ({"experts_per_token": 2}, "contradicts itself: num_experts_per_tok '4', experts_per_token '2'"),
         ({"num_experts": 8}, "contradicts itself"),
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"hidden_size": "2880"}, "expected a whole number"),

@@ -149,6 +149,9 @@ def test_shards_and_index_that_disagree(tmp_path):
         index_of(tmp_path, a=elsewhere)
         with pytest.raises(CheckpointError, match="of the same folder"):
             ShardReader(tmp_path)
+    index_of(tmp_path, **{"a\nb": "model.safetensors"})
+    with pytest.raises(CheckpointError, match=r"names a tensor 'a\\nb'"):
+        ShardReader(tmp_path)
     for text in ("", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "\xff", "[" * 100_000):
         (tmp_path / shards.INDEX).write_text(text, encoding="latin-1")
         with pytest.raises(CheckpointError):
@@ -163,6 +166,14 @@ def test_a_numbered_shard_that_is_missing_without_an_index(tmp_path):
     save_file({"a": TENSORS["a"]}, tmp_path / "model-00002-of-00003.safetensors")
     with pytest.raises(CheckpointError, match="a stands both in"):
         ShardReader(tmp_path)
+
+
+def test_files_of_another_kind_may_lie_beside_the_weights(tmp_path):
+    save_file({"count": TENSORS["a"]}, tmp_path / "routing.safetensors")
+    save_file({"a": TENSORS["a"]}, tmp_path / "model.safetensors")
+    assert set(ShardReader(tmp_path)) == {"a"}
+    (tmp_path / "model.safetensors").unlink()
+    assert set(ShardReader(tmp_path)) == {"count"}  # nothing is named model*, so everything counts
 
 
 class Bomb:

@@ -81,6 +81,17 @@ def test_long_sequence_to_the_last_digits(published, reference, by_hand):
 
 
 @torch.no_grad()
+def test_greedy_text_is_the_same(published, reference, by_hand):
+    shape = by_hand.shape_of()
+    model = load(published("hf-mxfp4"), dtype="float32", experts="dense")[0]
+    ours = tokens_of(shape, 20, batch=1)
+    theirs = reference(shape).generate(ours, do_sample=False, max_new_tokens=24, pad_token_id=0)
+    for _ in range(24):
+        ours = torch.cat((ours, model(ours).logits[:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(ours, theirs)
+
+
+@torch.no_grad()
 def test_bfloat16_stays_close_to_float32_and_to_transformers(published, reference, by_hand):
     shape = by_hand.shape_of()
     tokens = tokens_of(shape, 200)

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -323,6 +325,55 @@ def test_a_folder_without_weights(tmp_path, published):
     (empty / "config.json").write_bytes((tmp_path / "config.json").read_bytes())
     with pytest.raises(CheckpointError, match="has no weights"):
         load(empty)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_fuzz_a_header_that_stays_well_formed(published, data):
+    """Dtypes, shapes and names changed so that the file itself is sound: the model must refuse it, or be the same."""
+    folder = published("hf-mxfp4", num_hidden_layers=1, vocab_size=40, hidden_size=32, intermediate_size=32)
+    file = sorted(folder.glob("*.safetensors"))[data.draw(st.integers(0, 2))]
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    name = data.draw(st.sampled_from(sorted(n for n in header if n != "__metadata__")))
+    entry = header[name]
+    kind = data.draw(st.sampled_from(["dtype", "shape", "name"]))
+    if kind == "dtype":
+        same_size = {"BF16": ["F16", "I16"], "U8": ["I8", "BOOL"]}[entry["dtype"]]
+        entry["dtype"] = data.draw(st.sampled_from(same_size))
+    elif kind == "shape":
+        entry["shape"] = data.draw(st.permutations([*entry["shape"], 1]))
+    else:
+        header[name + "x"] = header.pop(name)
+    text = json.dumps(header).encode()
+    replaced = file.with_suffix(".new")  # the old file may still be mapped; its bytes must stay where they are
+    replaced.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+    replaced.replace(file)
+    try:
+        load(folder)
+        assert (
+            kind == "dtype" and entry["dtype"] == "F16"
+        )  # another float of the same width is another model, not a fault
+    except CheckpointError as e:
+        assert "\n" not in str(e)
+    finally:
+        replaced.write_bytes(raw)
+        replaced.replace(file)
+
+
+def test_the_original_folder_finds_its_tokenizer_one_floor_up(published, tmp_path):
+    root = tmp_path / "gpt-oss"
+    root.mkdir()
+    published("openai", vocab_size=272).rename(root / "original")
+    Tokenizer.of_bytes().save(root)
+    (root / "chat_template.jinja").write_text("{{ messages }}")
+    assert load(root / "original")[1].vocab_size == Tokenizer.of_bytes().vocab_size
+    converted = convert(root / "original", tmp_path / "converted", "hf-mxfp4")
+    assert (converted / "chat_template.jinja").exists() and load(converted)[1] is not None
+    with pytest.raises(CheckpointError, match="original, pass that folder"):
+        (root / "config.json").write_bytes((converted / "config.json").read_bytes())
+        load(root)
 
 
 def test_what_a_checkpoint_cannot_hold(random_model, tmp_path):

@@ -179,3 +179,13 @@ def test_gguf_order():
     low, high = table[(gguf[..., 1:] & 15).int()], table[(gguf[..., 1:] >> 4).int()]
     values = torch.cat((low, high), -1) * torch.exp2(gguf[..., :1].float() - 127)
     assert torch.equal(values.flatten(-2), mxfp4.decode(blocks, scales, torch.float32))
+
+
+def test_gguf_order_by_its_own_library():
+    gguf = pytest.importorskip("gguf")
+    torch.manual_seed(4)
+    blocks = torch.randint(0, 256, (3, 2, 16), dtype=torch.uint8)
+    scales = torch.randint(100, 150, (3, 2), dtype=torch.uint8)
+    rows = mxfp4.to_gguf(blocks, scales).flatten(-2).numpy()
+    values = torch.from_numpy(gguf.quants.dequantize(rows, gguf.GGMLQuantizationType.MXFP4))
+    assert torch.equal(values, mxfp4.decode(blocks, scales, torch.float32))

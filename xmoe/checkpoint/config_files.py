@@ -23,7 +23,7 @@ from typing import Any
 from xmoe.checkpoint.layouts import Layout
 from xmoe.checkpoint.shards import read_json
 from xmoe.errors import CheckpointError, ConfigError, XmoeError
-from xmoe.model.config import FULL, SLIDING, ModelConfig
+from xmoe.model.config import EFFORTS, FULL, SLIDING, ModelConfig
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -138,7 +138,7 @@ class _Reader:
         self.used.update(names)
         values = {n: self.content[n] for n in names if self.content.get(n) is not None}
         if len({json.dumps(v, sort_keys=True) for v in values.values()}) > 1:
-            both = ", ".join(f"{n} {v}" for n, v in values.items())
+            both = ", ".join(f"{n} {str(v)[:60]!r}" for n, v in values.items())
             raise CheckpointError(f"{self.file} contradicts itself: {both}")
         return next(iter(values.values()), default)
 
@@ -272,7 +272,8 @@ def _layer_types(reader: _Reader) -> tuple[str, ...] | None:
 
 def _effort(reader: _Reader) -> dict[str, int] | None:
     table = reader.find("reasoning_effort")
-    if table is not None and not (isinstance(table, dict) and all(type(k) is int for k in table.values())):
+    fits = isinstance(table, dict) and set(table) <= set(EFFORTS) and all(type(k) is int for k in table.values())
+    if table is not None and not fits:
         raise CheckpointError(
             f"{reader.file}: reasoning_effort is {str(table)[:60]!r}; expected effort -> experts a token"
         )

@@ -76,8 +76,8 @@ class TensorInfo(NamedTuple):
 class ShardReader:
     """All tensors of a folder by name. Opening it reads and checks headers only.
 
-    With an index, the tensors are those it names, in the shards it says; without one, those of every `*.safetensors`
-    file in the folder (as OpenAI's loader does).
+    With an index, the tensors are those it names, in the shards it says; without one, those of every file whose name
+    begins with `model` (routing statistics may lie beside them), or of every `*.safetensors` file where none does.
 
     Raises:
         CheckpointError: no weights, pickled weights, a missing or truncated shard, a malformed header or index, an index
@@ -162,6 +162,8 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         raise damaged(f"its header is no JSON ({_first_line(e)})") from e
     if not isinstance(header, dict):
         raise damaged("its header is no JSON object")
+    if odd := [name for name in header if not _is_name(name)]:
+        raise damaged(f"it names a tensor {odd[0][:80]!r}")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise damaged("its __metadata__ does not map names to texts")
@@ -202,6 +204,8 @@ def _by_index(index: Path) -> tuple[tuple[Path, ...], dict[str, TensorInfo]]:
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map of tensor names to files; download or write it again")
+    if odd := [name for name in weight_map if not _is_name(name)]:
+        raise CheckpointError(f"{index} is damaged: it names a tensor {odd[0][:80]!r}; download or write it again")
     names = sorted(set(weight_map.values()))
     if odd := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
         raise CheckpointError(f"{index} names {odd[0]!r}; expected a .safetensors file of the same folder")
@@ -224,7 +228,8 @@ def _by_index(index: Path) -> tuple[tuple[Path, ...], dict[str, TensorInfo]]:
 
 
 def _by_scan(folder: Path) -> tuple[tuple[Path, ...], dict[str, TensorInfo]]:
-    files = sorted(p for p in folder.glob("*.safetensors") if p.is_file() and not p.name.startswith("."))
+    found = sorted(p for p in folder.glob("*.safetensors") if p.is_file() and not p.name.startswith("."))
+    files = [p for p in found if p.name.startswith("model")] or found
     if not files:
         raise CheckpointError(_no_weights(folder))
     for file in files:
@@ -278,6 +283,11 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         raise ValueError("a name stands in it twice")
     return result
+
+
+def _is_name(name: str) -> bool:
+    """Whether it may be a tensor's name, and fits into a message of one line."""
+    return name.isprintable() and len(name) <= 200
 
 
 def _naturals(values: Any) -> bool:

@@ -226,8 +226,8 @@ def _build(cls: type[T], key: Key, given: dict[Key, _Given], origins: dict[Key, 
     try:
         return cls(**values)
     except ConfigError as e:
-        spot = next((v.origin for v in given.values()), "")
-        raise ConfigError(f"{_at(spot.rsplit(':', 1)[0] if spot != '--set' else spot)}{e}") from None
+        files = {v.origin.rsplit(":", 1)[0] for v in given.values()}  # a check across fields names no single line
+        raise ConfigError(f"{_at(files.pop() if len(files) == 1 else '')}{e}") from None
 
 
 def _section(hint: Any) -> type | None:

@@ -14,7 +14,6 @@ Decoding is exact in bfloat16 and float32. Encoding has to pick each group's sca
 from __future__ import annotations
 
 import functools
-import itertools
 
 import torch
 from torch import Tensor
@@ -42,6 +41,7 @@ _MIN_EXPONENT, _MAX_EXPONENT = -127, 125
 
 # Groups handled at a time: large enough to drown the call overhead, small enough for the cache.
 _CHUNK = 1 << 16
+_ENCODE_CHUNK = 1 << 12
 
 
 def decode(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -94,8 +94,8 @@ def encode(weight: Tensor, rule: str = "best") -> tuple[Tensor, Tensor]:
     blocks = torch.empty((len(groups), GROUP // 2), dtype=torch.uint8, device=weight.device)
     scales = torch.empty(len(groups), dtype=torch.uint8, device=weight.device)
     if not blocks.is_meta:
-        for start in range(0, len(groups), _CHUNK):
-            part = slice(start, start + _CHUNK)
+        for start in range(0, len(groups), _ENCODE_CHUNK):
+            part = slice(start, start + _ENCODE_CHUNK)
             blocks[part], scales[part] = _encode_groups(groups[part], rule)
     return blocks.view(*lead, width // GROUP, GROUP // 2), scales.view(*lead, width // GROUP)
 
@@ -158,7 +158,8 @@ def _encode_groups(groups: Tensor, rule: str) -> tuple[Tensor, Tensor]:
     if rule == "ceil":
         groups = groups.to(torch.bfloat16)
     groups = groups.float()
-    amax = groups.abs().amax(dim=-1)
+    magnitudes = groups.abs()
+    amax = magnitudes.amax(dim=-1)
     if not bool(torch.isfinite(amax).all()):
         raise CheckpointError("the weights hold NaN or infinity, which MXFP4 cannot express")
     # Exponents come from the bits of the float: a log2 in floating point errs beside powers of two.
@@ -169,21 +170,21 @@ def _encode_groups(groups: Tensor, rule: str) -> tuple[Tensor, Tensor]:
     elif rule == "ceil":
         exponent = torch.where(mantissa <= 0.75, ocp, ocp + 1)  # amax / 6 = (mantissa / 0.75) * 2^(exponent - 3)
     else:
-        exponent = _least_error(groups, ocp)
+        exponent = _least_error(magnitudes, ocp)
     exponent = torch.where(amax > 0, exponent, _MIN_EXPONENT).clamp(_MIN_EXPONENT, _MAX_EXPONENT)
-    codes = _codes(groups, exponent)
+    codes = _codes(_rounded(_scaled(magnitudes, exponent)))
+    codes |= ((groups < 0) & (codes > 0)).to(torch.uint8) << 3  # a zero carries no sign
     return codes[:, 0::2] | codes[:, 1::2] << 4, (exponent + 127).to(torch.uint8)
 
 
-def _least_error(groups: Tensor, ocp: Tensor) -> Tensor:
+def _least_error(magnitudes: Tensor, ocp: Tensor) -> Tensor:
     """For each group the best exponent among ocp, ocp - 1 and ocp + 1; equal errors prefer the earlier one."""
-    value = torch.tensor(VALUES + tuple(-v for v in VALUES), dtype=torch.float32, device=groups.device)
     best = best_error = None
     for shift in (0, -1, 1):
         exponent = (ocp + shift).clamp(_MIN_EXPONENT, _MAX_EXPONENT)
         # The error in units of this scale, then brought to a common one: weights may be too small to be squared.
-        scaled = _scaled(groups, exponent)
-        error = (value[_codes(groups, exponent).int()] - scaled).square().sum(dim=-1) * 4.0**shift
+        scaled = _scaled(magnitudes, exponent)
+        error = _rounded(scaled).sub_(scaled).square_().sum(dim=-1) * 4.0**shift
         if best is None:
             best, best_error = exponent, error
         else:
@@ -192,27 +193,30 @@ def _least_error(groups: Tensor, ocp: Tensor) -> Tensor:
     return best
 
 
-def _scaled(groups: Tensor, exponent: Tensor) -> Tensor:
-    """groups * 2^-exponent; the factor is put together from its bits, so it is exact."""
-    return groups * ((127 - exponent).to(torch.int32) << 23).view(torch.float32).unsqueeze(-1)
+def _scaled(magnitudes: Tensor, exponent: Tensor) -> Tensor:
+    """magnitudes * 2^-exponent; the factor is put together from its bits, so it is exact."""
+    return magnitudes * ((127 - exponent).to(torch.int32) << 23).view(torch.float32).unsqueeze(-1)
 
 
-def _codes(groups: Tensor, exponent: Tensor) -> Tensor:
-    """The nearest 4-bit code of each element, uint8 [N, 32]; ties go to the even code."""
-    x = _scaled(groups, exponent)
-    code = torch.bucketize(x.abs(), _thresholds(x.device), out_int32=True).to(torch.uint8)
-    return code | ((x < 0) & (code > 0)).to(torch.uint8) << 3
+# Bits of float32: 1.0, 4.0, and the exponent field.
+_ONE, _FOUR, _EXPONENT_FIELD = 0x3F800000, 0x40800000, 0x7F800000
 
 
-@functools.lru_cache(maxsize=8)
-def _thresholds(device: torch.device) -> Tensor:
-    """Code c holds x with thresholds[c - 1] < x <= thresholds[c].
+def _rounded(x: Tensor) -> Tensor:
+    """The nearest value of the format to each x >= 0, float32; ties go to the even code, all beyond 6 to 6.
 
-    The thresholds lie halfway between neighbouring values. At exactly halfway the even code wins, so where the upper
-    code is the even one its threshold sits one float lower.
+    Values are 0.5 apart below 2, 1 apart below 4 and 2 apart above. Adding and subtracting 1.5 * 2^23 steps leaves the
+    nearest whole number of steps, ties to even; and evenly many steps are an even code in all three ranges.
     """
-    middle = [(low + high) / 2 for low, high in itertools.pairwise(VALUES)]
-    halfway = torch.tensor(middle, dtype=torch.float32)
-    lower = torch.nextafter(halfway, torch.zeros_like(halfway))
-    upper_is_even = torch.arange(1, len(VALUES)) % 2 == 0
-    return torch.where(upper_is_even, lower, halfway).to(device)
+    power = (x.view(torch.int32).clamp(_ONE, _FOUR) & _EXPONENT_FIELD).view(torch.float32)  # 1, 2 or 4: two steps
+    magic = power * (0.75 * 2.0**23)
+    return x.add(magic).sub_(magic).clamp_(max=VALUES[-1])
+
+
+def _codes(values: Tensor) -> Tensor:
+    """uint8 codes 0..7 of non-negative values of the format.
+
+    From 1 on, a float's exponent and first mantissa bit count the codes one by one; only 0.5 stands apart.
+    """
+    counted = (values.view(torch.int32) >> 22).sub_((_ONE >> 22) - 2).clamp_(min=0)
+    return (counted + (values == 0.5)).to(torch.uint8)

@@ -72,7 +72,7 @@ def sweep(
                 pruned_bytes(model, plan),
                 loss,
                 perplexity(loss),
-            )  # fmt: skip
+            )
         )
     return rows
 

@@ -59,6 +59,8 @@ def _compare_benchmark(name: str, a: Report, b: Report, seed: int) -> list[Diffe
 
 
 def _check_same(name: str, a: Report, b: Report) -> None:
+    if not a.rows[name]["name"]:
+        raise DataError(f"{name}: the reports hold no rows to pair; those of --engine lm-eval cannot be compared")
     if a.rows[name]["name"] != b.rows[name]["name"]:
         raise DataError(
             f"{name}: the reports are on different rows; run both with the same --limit, --seed and --first"

@@ -182,12 +182,14 @@ def _run(
     report: Report,
     on_example,
 ) -> None:
-    answers: list[Sequence[Answer] | None] = [kept.answers(benchmark.name, e) if kept else None for e in examples]
+    answers: list[Sequence[Answer] | None] = [
+        None if kept is None else kept.answers(benchmark.name, e) for e in examples
+    ]
     missing = [i for i, known in enumerate(answers) if known is None]
     computed, cut, started = scorer.tokens_computed, scorer.requests_cut, time.perf_counter()
     for number, said in answer(benchmark, [examples[i] for i in missing], scorer, config):
         answers[missing[number]] = said
-        if kept:
+        if kept is not None:
             kept.add(benchmark.name, examples[missing[number]], said)
     seconds = time.perf_counter() - started
     in_chat = config.mode != "raw" and benchmark.kind == "choice"

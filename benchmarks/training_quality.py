@@ -19,6 +19,7 @@ and given again. Every finished run is a line in OUTPUT/results.jsonl; the table
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import sys
 import tempfile
@@ -53,6 +54,9 @@ class Bench:
 
     def __init__(self, output: Path, shared: tuple[str, ...], scale: float) -> None:
         self.output, self.shared, self.scale = output, shared, scale
+        # A copy, so that an hour of runs does not change under the hands of someone who edits a config meanwhile.
+        self._copied = tempfile.TemporaryDirectory()
+        self.configs = Path(shutil.copytree(CONFIGS, Path(self._copied.name) / "train"))
         output.mkdir(parents=True, exist_ok=True)
         self.file = output / "results.jsonl"
         lines = self.file.read_text().splitlines() if self.file.exists() else []
@@ -61,11 +65,13 @@ class Bench:
     def config(self, plan: Plan, *more: str) -> RunConfig:
         """The plan's resolved config, with all numbers of steps scaled."""
         given = [*self.shared, *plan.overrides, *more]
-        config = load_config(RunConfig, CONFIGS / f"{plan.config}.yaml", given)
+        config = load_config(RunConfig, self.configs / f"{plan.config}.yaml", given)
         steps = max(1, round(config.train.steps * self.scale))
         warmup = min(config.optim.warmup_steps, steps // 2)
         return load_config(
-            RunConfig, CONFIGS / f"{plan.config}.yaml", [*given, f"train.steps={steps}", f"optim.warmup_steps={warmup}"]
+            RunConfig,
+            self.configs / f"{plan.config}.yaml",
+            [*given, f"train.steps={steps}", f"optim.warmup_steps={warmup}"],
         )
 
     def run(self, plan: Plan) -> dict:

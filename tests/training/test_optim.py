@@ -134,18 +134,6 @@ def test_muon_takes_matrices_and_adamw_the_rest():
     assert all(group["weight_decay"] == 0 for group in optimizer.parts["adamw"].param_groups)
 
 
-def test_each_group_follows_its_own_peak_and_the_one_schedule():
-    model = small_model()
-    optimizer = Optimizer(model, OptimConfig(lr=1e-3, muon_lr=5e-3, table_lr=8e-3, warmup_steps=4), total_steps=100)
-    fill_gradients(model, 0)
-    optimizer.step(1)  # half way up
-    rates = {id(p): g["lr"] for part in optimizer.parts.values() for g in part.param_groups for p in g["params"]}
-    expected = {"matrix": 2.5e-3, "table": 4e-3, "router": 5e-4, "vector": 5e-4}
-    for name, parameter in model.named_parameters():
-        assert rates[id(parameter)] == pytest.approx(expected[role(name, parameter)]), name
-    assert optimizer.lr(1) == pytest.approx(5e-4)
-
-
 def test_frozen_parameters_are_left_out():
     model = small_model()
     for parameter in model.embed.parameters():
@@ -234,7 +222,6 @@ def test_the_rate_stays_between_nothing_and_the_peak(schedule, total, warmup, de
         ("lr", 0.0),
         ("lr", float("nan")),
         ("muon_lr", -1.0),
-        ("table_lr", 0.0),
         ("beta2", 1.0),
         ("decay_fraction", 1.5),
         ("grad_clip", -1.0),

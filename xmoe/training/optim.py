@@ -32,14 +32,12 @@ class OptimConfig:
 
     `lr` is the peak rate of AdamW. `muon_lr` is the peak rate of the matrices under Muon; Muon's updates are scaled to the
     root mean square that AdamW's usually have (`orthogonal_scale`), so the two rates are of one kind and `muon_lr` may be
-    left out. Small models gain from a `muon_lr` of two or three times `lr`, and from a `table_lr` of several times `lr`: a row of
-    the embedding moves only when its token comes up. The router is better left at `lr`; one that moves fast never settles.
+    left out. Small models gain from a `muon_lr` of two or three times `lr`.
     """
 
     name: Literal["muon", "adamw"] = "muon"
     lr: float = 2e-3
-    muon_lr: float | None = None  # of matrices under Muon; None: the same as lr
-    table_lr: float | None = None  # of embedding and head; None: the same as lr
+    muon_lr: float | None = None  # None: the same as lr
     weight_decay: float = 0.1  # per unit of learning rate, decoupled, on matrices only
     beta1: float = 0.9
     beta2: float = 0.95
@@ -54,8 +52,6 @@ class OptimConfig:
     ALIASES: ClassVar[dict[str, str]] = {
         "learning_rate": "lr",
         "max_lr": "lr",
-        "embedding_lr": "table_lr",
-        "matrix_lr": "muon_lr",
         "min_lr": "min_lr_fraction",
         "optimizer": "name",
         "lr_schedule": "schedule",
@@ -72,10 +68,10 @@ class OptimConfig:
                 raise ConfigError(
                     f"optim.{field} is {getattr(self, field)}; expected a number above 0, for example 1e-3"
                 )
-        for field in ("muon_lr", "table_lr"):
-            value = getattr(self, field)
-            if value is not None and not value > 0:
-                raise ConfigError(f"optim.{field} is {value}; expected a number above 0, or null to follow optim.lr")
+        if self.muon_lr is not None and not self.muon_lr > 0:
+            raise ConfigError(
+                f"optim.muon_lr is {self.muon_lr}; expected a number above 0, or nothing to follow optim.lr"
+            )
         for field in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, field) < 1:
                 raise ConfigError(f"optim.{field} is {getattr(self, field)}; expected a number from 0 up to but not 1")
@@ -199,29 +195,27 @@ class Optimizer:
         if not self.parameters:
             raise ConfigError("no parameter of the model asks for a gradient; there is nothing to train")
 
-        table_lr = config.lr if config.table_lr is None else config.table_lr
+        matrices = by_role.pop("matrix")
+        others = [parameter for group in by_role.values() for parameter in group]
         muon_lr = config.lr if config.muon_lr is None else config.muon_lr
-        groups = [
-            {"params": by_role["table"], "lr": table_lr, "weight_decay": 0.0},
-            {"params": by_role["router"] + by_role["vector"], "lr": config.lr, "weight_decay": 0.0},
-        ]
         self.parts: dict[str, torch.optim.Optimizer] = {}
-        if config.name == "muon" and by_role["matrix"]:
-            self.parts["muon"] = Muon(by_role["matrix"], muon_lr, config.momentum, config.weight_decay)
-        else:
-            groups.append({"params": by_role["matrix"], "lr": config.lr, "weight_decay": config.weight_decay})
-        groups = [group for group in groups if group["params"]]
+        groups = [{"params": others, "weight_decay": 0.0}] if others else []
+        if config.name == "muon" and matrices:
+            self.parts["muon"] = Muon(matrices, muon_lr, config.momentum, config.weight_decay)
+        elif matrices:
+            groups.append({"params": matrices, "weight_decay": config.weight_decay})
         if groups:
             self.parts["adamw"] = torch.optim.AdamW(
                 groups,
+                lr=config.lr,
                 betas=(config.beta1, config.beta2),
                 eps=config.eps,
                 fused=self.parameters[0].device.type in ("cpu", "cuda", "mps"),
             )
-        self._peaks = {name: [group["lr"] for group in part.param_groups] for name, part in self.parts.items()}
+        self._peak = {"adamw": config.lr, "muon": muon_lr}
 
     def lr(self, step: int) -> float:
-        """The rate `optim.lr` at `step` (counted from 0); the other rates move with it."""
+        """AdamW's learning rate at `step` (counted from 0)."""
         return self.config.lr * lr_fraction(step, self.total_steps, self.config)
 
     def clip(self, norm: Tensor) -> None:
@@ -233,8 +227,8 @@ class Optimizer:
         """Update every weight with the rate of `step` (from 0), then drop the gradients."""
         fraction = lr_fraction(step, self.total_steps, self.config)
         for name, part in self.parts.items():
-            for group, peak in zip(part.param_groups, self._peaks[name]):
-                group["lr"] = peak * fraction
+            for group in part.param_groups:
+                group["lr"] = self._peak[name] * fraction
             part.step()
         self.zero_grad()
 

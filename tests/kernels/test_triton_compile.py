@@ -42,7 +42,6 @@ BUDGET = {
     ("mxfp4_down", 0): 3.3,
     ("mxfp4_down", 1): 3.3,
     ("mxfp4_down", 2): 3.6,
-    ("mxfp4_down", 3): 4.8,
 }
 
 

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 def test_interpreted(files):
     path = os.pathsep.join((str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")))
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "--tb=short", *(str(HERE / f"{name}.py") for name in files)],
+        [sys.executable, "-m", "pytest", "-x", "--tb=short", *(str(HERE / f"{name}.py") for name in files)],
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path},
         cwd=ROOT,
         capture_output=True,

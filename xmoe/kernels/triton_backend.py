@@ -9,7 +9,8 @@ How `dispatch` calls it::
 
 :func:`experts`, :func:`attention`, :func:`rms_norm` and :func:`rope` have the signatures of `reference` and are
 differentiable (packed experts in x and the routing weights). Under autocast they compute in its dtype from whatever they
-are given. `linear` and `linear_cross_entropy` have no kernel here: cuBLAS is the fast path.
+are given. `linear` and `linear_cross_entropy` have no kernel here: cuBLAS is the fast path. Where `reason` is not None on
+CUDA, `grouped_mm.experts` has the same signature and needs torch alone.
 
 Call :func:`prepare` once after loading a packed model onto the GPU. Without it the first use of each packed weight makes
 a second, repacked copy beside it.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from xmoe.kernels import tiles
 from xmoe.kernels.triton_gemm import grouped_gate_up, grouped_rows, grouped_sum, grouped_weight, swiglu_backward
@@ -113,6 +114,7 @@ class ExpertsFunction(torch.autograd.Function):
         return y, lengths
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, _):
         x, weights, indices, before, order, offsets, gate_up_bias, down_bias, *dense = ctx.saved_tensors
         dense = iter(dense)
@@ -155,6 +157,7 @@ class ExpertLinearFunction(torch.autograd.Function):
         return grouped_rows(x, rows, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, *dense = ctx.saved_tensors
         weight = ctx.packed or dense[0]

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from xmoe.kernels import tiles
 from xmoe.kernels.triton_launch import launch
@@ -319,6 +320,7 @@ class FlashFunction(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout):
         q, k, v, sinks, q_pos, k_pos, out, lse = ctx.saved_tensors
         B, S, H, _ = q.shape

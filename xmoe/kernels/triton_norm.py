@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from xmoe.kernels.triton_launch import launch
 
@@ -125,7 +126,7 @@ def _run(T: int, D: int, **arguments) -> None:
 def _parts(experts: Experts | None) -> dict:
     if experts is None:
         return {}
-    partial, indices, weights = experts
+    partial, indices, weights = (t.contiguous() for t in experts)
     splits, slots, _ = partial.shape
     return {
         "partial": partial,
@@ -176,8 +177,8 @@ def add_and_norm(
     _run(
         T,
         D,
-        residual=residual,
-        delta=delta,
+        residual=residual.contiguous(),
+        delta=None if delta is None else delta.contiguous(),
         total=total,
         norm_weight=weight,
         normed=normed,
@@ -194,7 +195,7 @@ class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         D = x.shape[-1]
-        flat = x.reshape(-1, D)
+        flat = x.reshape(-1, D).contiguous()  # reshape keeps a slice of wider rows as it is
         T = flat.shape[0]
         normed = flat.new_empty(T, D)
         inverse = flat.new_empty(T, dtype=torch.float32)
@@ -204,6 +205,7 @@ class RMSNormFunction(torch.autograd.Function):
         return normed.view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
         T, D = x.shape

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from xmoe.kernels.triton_launch import launch
 
@@ -80,6 +81,7 @@ class RopeFunction(torch.autograd.Function):
         return _rotate(x, cos, sin, 1.0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
         return _rotate(dy, *ctx.saved_tensors, -1.0), None, None
 
@@ -130,7 +132,7 @@ def rope_into_cache(
     launch(
         rope_cache_kernel,
         (B, 1, 1),
-        qkv=qkv,
+        qkv=qkv.contiguous(),
         cos=cos,
         sin=sin,
         positions=positions,

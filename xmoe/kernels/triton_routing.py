@@ -236,7 +236,7 @@ def choose(logits: Tensor, k: int, bias: Tensor | None = None) -> tuple[Tensor, 
     launch(
         choose_kernel,
         (triton.cdiv(T, 4), 1, 1),
-        logits=logits,
+        logits=logits.contiguous(),
         bias=bias,
         indices=indices,
         weights=weights,
@@ -267,7 +267,7 @@ def choose_and_sort(
         return indices, weights, _sort_large(indices, E, rows_per_tile)
     indices = logits.new_empty(T, k, dtype=torch.int64)
     weights = logits.new_empty(T, k, dtype=torch.float32)
-    return indices, weights, _sort_small(logits, bias, weights, indices, E, rows_per_tile)
+    return indices, weights, _sort_small(logits.contiguous(), bias, weights, indices, E, rows_per_tile)
 
 
 def map_tiles(rows: SortedRows, rows_per_tile: int) -> TileMap:
@@ -329,7 +329,7 @@ def _sort_small(logits, bias, weights, indices, E: int, rows_per_tile: int) -> S
 
 def _sort_large(indices: Tensor, E: int, rows_per_tile: int) -> SortedRows:
     count, block = indices.numel(), triton.next_power_of_2(E)
-    step = 64  # slots compared with all experts at once
+    step = min(64, 4096 // block)  # slots compared with all experts at once; more would spill registers
     chunk = triton.cdiv(triton.cdiv(count, _PROGRAMS), step) * step
     programs = triton.cdiv(count, chunk)
     order = indices.new_empty(count, dtype=torch.int32)

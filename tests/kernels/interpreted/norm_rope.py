@@ -31,6 +31,13 @@ def test_rms_norm(shape, dtype, tolerance):
         assert relative_error(g, e) < tolerance
 
 
+def test_rms_norm_of_a_slice_of_wider_rows():
+    wide, weight = randn(6, 100), randn(40, seed=1)
+    expected = reference.rms_norm(wide[:, 20:60], weight, 1e-5)
+    torch.testing.assert_close(rms_norm(wide[:, 20:60], weight, 1e-5), expected)
+    torch.testing.assert_close(add_and_norm(wide[:, 20:60], weight, 1e-5, delta=wide[:, :40] * 0).normed, expected)
+
+
 @pytest.mark.parametrize("splits, K", [(1, 1), (3, 4)])
 def test_combine_skips_unused_slots(splits, K):
     T, D = 6, 70

@@ -1,4 +1,4 @@
-"""Make a Mixture-of-Experts checkpoint smaller, and prove it: record, import, plan, prune, verify, sweep, recover."""
+"""Make a Mixture-of-Experts checkpoint smaller, and prove it: record, plan, prune, verify, merge, reduce, recover, ..."""
 
 from __future__ import annotations
 
@@ -322,6 +322,82 @@ def sweep(args: argparse.Namespace) -> int:
     return 0
 
 
+def merge_flags(p: argparse.ArgumentParser) -> None:
+    """experts that are alike become one; MXFP4 experts that changed are encoded anew"""
+    add_checkpoint(p)
+    p.add_argument("--stats", required=True, metavar="STATS[,...]", help="recorded with --sample")
+    p.add_argument("--method", required=True, metavar="hc-smoe|m-smoe|ream")
+    p.add_argument("--keep", required=True, type=int, metavar="N", help="experts of each layer afterwards")
+    p.add_argument("--tied", action="store_true", help="keep all router rows, members of a group equal (saves nothing)")
+    add_output(p, "DIR")
+
+
+def merge(args: argparse.Namespace) -> int:
+    from xmoe.checkpoint.weights import load
+    from xmoe.compression.changed import save_changed
+    from xmoe.compression.merge import describe
+    from xmoe.compression.merge import merge as join
+    from xmoe.outputs import check_free
+
+    check_free(args.output, args.overwrite)
+    device, dtype = device_and_dtype(args)
+    model, _ = load(args.checkpoint, device, dtype)
+    small, groups = join(model, load_stats(args.stats), args.method, args.keep, tied=args.tied)
+    operation = {"name": "merge", "method": args.method, "keep": args.keep, "tied": args.tied}
+    operation["groups"] = describe(groups)
+    save_changed(small, args.checkpoint, args.output, [operation], command=args.line, overwrite=args.overwrite)
+    joined = sum(len(g.members) > 1 for row in groups for g in row)
+    text = (
+        f"wrote {args.output}: {joined} groups of experts became one each; not bit-exact, changed experts encoded anew"
+    )
+    say(args, {"output": args.output, "groups": describe(groups)}, text)
+    return 0
+
+
+def reduce_flags(p: argparse.ArgumentParser) -> None:
+    """experts shrunk inside; a table of bytes and errors, stage by stage"""
+    add_checkpoint(p)
+    p.add_argument("--method", required=True, metavar="magnitude|neurons|int8|int4|mxfp4[,...]", help="in this order")
+    p.add_argument("--fraction", type=float, metavar="F", help="of bytes, or of weights where no byte can move")
+    p.add_argument("--experts", default="", metavar="L:E,...", help="touch only these (magnitude)")
+    p.add_argument("--stats", metavar="STATS[,...]", help="recorded with --sample: scores neurons, measures outputs")
+    p.add_argument("--scope", default="tensor", metavar="tensor|expert|layer|global", help="of magnitude")
+    p.add_argument("--pattern", metavar="N:M", help="magnitude: keep N of every M along the inputs")
+    p.add_argument("--group-size", type=int, default=32, metavar="32|64|128", help="of int4")
+    add_output(p, "DIR")
+
+
+def reduce(args: argparse.Namespace) -> int:
+    from xmoe.checkpoint.weights import load
+    from xmoe.compression.changed import save_changed
+    from xmoe.compression.reduce import reduce as shrink
+    from xmoe.errors import ConfigError
+    from xmoe.outputs import check_free
+
+    check_free(args.output, args.overwrite)
+    pattern = None
+    if args.pattern:
+        if not all(part.isdigit() for part in args.pattern.split(":")) or args.pattern.count(":") != 1:
+            raise ConfigError(f"--pattern {args.pattern}: expected N:M, such as 2:4")
+        pattern = tuple(int(part) for part in args.pattern.split(":"))
+    device, dtype = device_and_dtype(args)
+    model, _ = load(args.checkpoint, device, dtype)
+    small, stages = shrink(
+        model,
+        args.method.split(","),
+        args.fraction,
+        experts=places(args.experts, len(model.blocks), "experts") or None,
+        stats=load_stats(args.stats) if args.stats else None,
+        scope=args.scope,
+        pattern=pattern,
+        group_size=args.group_size,
+    )
+    operations = [{"name": "reduce", "fraction": args.fraction, **stage._asdict()} for stage in stages]
+    save_changed(small, args.checkpoint, args.output, operations, command=args.line, overwrite=args.overwrite)
+    say(args, {"output": args.output, "stages": operations}, "\n".join(stage.line() for stage in stages))
+    return 0
+
+
 def recover_flags(p: argparse.ArgumentParser) -> None:
     """quality won back by distilling the uncut model into routers, experts or all"""
     add_checkpoint(p)
@@ -334,8 +410,8 @@ def recover_flags(p: argparse.ArgumentParser) -> None:
 
 
 def recover(args: argparse.Namespace) -> int:
-    from xmoe.checkpoint.opened import Checkpoint
-    from xmoe.checkpoint.weights import load, save
+    from xmoe.checkpoint.weights import load
+    from xmoe.compression.changed import save_changed
     from xmoe.compression.recover import recover as distil
     from xmoe.outputs import check_free
 
@@ -344,8 +420,8 @@ def recover(args: argparse.Namespace) -> int:
     student, tokenizer = load(args.checkpoint, device, dtype, "mxfp4" if args.train == "routers" else "dense")
     teacher, _ = load(args.teacher, device, dtype)
     result = distil(student, teacher, data_batches(args, tokenizer), train=args.train, steps=args.steps, lr=args.lr)
-    layout = Checkpoint(args.checkpoint).layout.name
-    save(student, args.output, layout, overwrite=args.overwrite)
+    operation = {"name": "recover", "train": args.train, "steps": args.steps, "tokens": result.tokens}
+    save_changed(student, args.checkpoint, args.output, [operation], command=args.line, overwrite=args.overwrite)
     first, last = result.losses[0], sum(result.losses[-10:]) / len(result.losses[-10:])
     summary = {"output": args.output, "parameters": result.parameters, "tokens": result.tokens}
     text = (
@@ -363,6 +439,8 @@ COMMANDS = {
     "prune": (prune_flags, prune),
     "verify": (verify_flags, verify),
     "sweep": (sweep_flags, sweep),
+    "merge": (merge_flags, merge),
+    "reduce": (reduce_flags, reduce),
     "recover": (recover_flags, recover),
 }
 

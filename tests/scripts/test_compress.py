@@ -122,6 +122,27 @@ def test_recover_brings_a_pruned_model_nearer(run, made, recorded):
     assert Checkpoint(made / "back").config == Checkpoint(made / "three").config
 
 
+def test_merge_and_reduce_leave_a_checkpoint_and_their_story(run, made, recorded):
+    code, out, _ = run("merge --checkpoint packed --stats packed.safetensors --method ream --keep 4 --output merged")
+    assert code == 0 and "not bit-exact" in out and Checkpoint(made / "merged").config.num_experts == 4
+    story = json.loads((made / "merged" / "manifest.json").read_text())
+    assert story["bit_exact"] is False and story["operations"][0]["method"] == "ream"
+    assert run("verify --source packed --pruned merged")[0] == 2
+
+    code, out, _ = run(
+        "reduce --checkpoint packed --method neurons,magnitude,int8 --fraction 0.34 --stats packed.safetensors "
+        "--output reduced"
+    )
+    assert code == 0 and out.count("\n") == 3 and "LARGER" in out.splitlines()[2]
+    reduced = Checkpoint(made / "reduced")
+    assert reduced.layout.name == "native" and reduced.formats == ["int8"] and reduced.config.intermediate_size == 64
+    stages = json.loads((made / "reduced" / "manifest.json").read_text())["operations"]
+    stored = [i.nbytes for n, i in reduced.reader.tensors.items() if ".experts." in n and "bias" not in n]
+    assert stages[-1]["bytes_after"] == sum(stored)
+    code, _, _ = run("reduce --checkpoint packed --method magnitude --pattern 2:4 --experts 1:3 --output sparse")
+    assert code == 0 and Checkpoint(made / "sparse").layout.name == "hf-mxfp4"
+
+
 def test_answers_of_the_model_are_recorded_too(run, made):
     code, out, _ = run(
         "record --checkpoint model --data text.txt --tokens 60 --seq-len 20 --generate --new-tokens 5 "
@@ -163,6 +184,9 @@ def test_import_of_published_summaries(run, made):
         ("verify --source model --pruned other", "has no manifest.json"),
         ("record --checkpoint model --data none.txt --output s.safetensors", "none.txt"),
         ("recover --checkpoint model --teacher other --data text.txt --train heads --output out", "not 'heads'"),
+        ("reduce --checkpoint model --method magnitude --fraction 1 --output out", "between 0 and 1"),
+        ("reduce --checkpoint model --method magnitude --pattern 2to4 --output out", "expected N:M"),
+        ("merge --checkpoint model --stats other.safetensors --method ream --keep 4 --output out", "are of model"),
         ("plan", "--output"),
         ("shrink", "invalid choice"),
     ],

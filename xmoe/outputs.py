@@ -52,9 +52,9 @@ def new_file(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     os.close(handle)
     partial = Path(name)
-    partial.chmod(0o644)
     try:
         yield partial
+        partial.chmod(0o644)  # at the end: some writers put a new, private file in its place
         _flush(partial)
         os.replace(partial, path)
     except BaseException:

@@ -31,6 +31,7 @@ from xmoe.data.tokenizer import check_vocabulary
 from xmoe.errors import ConfigError
 from xmoe.kernels import dispatch
 from xmoe.model.config import ModelConfig
+from xmoe.model.perplexity import bits_per_byte, mean_loss, perplexity
 from xmoe.model.transformer import Transformer, build
 from xmoe.training.effort import EffortSampler
 from xmoe.training.guard import Guard, gradient_norms
@@ -308,7 +309,6 @@ class Trainer:
             self.bias.update(load.rows, (step + 1) / train.steps)
         return {**terms, "grad_norm": norm}, load, list(gates), sum(t.numel() for t, _ in micro)
 
-    @torch.no_grad()
     def validate(self, every_effort: bool = False) -> dict[str, Any]:
         """Loss in nats a token, perplexity and bits per byte on the held-out documents, at the model's own K.
 
@@ -317,8 +317,8 @@ class Trainer:
         loss = self._mean_loss(None)
         line: dict[str, Any] = {
             "val_loss": loss,
-            "val_perplexity": math.exp(min(loss, 700.0)),
-            "val_bits_per_byte": loss / math.log(2) / self.validation.bytes_per_token,
+            "val_perplexity": perplexity(loss),
+            "val_bits_per_byte": bits_per_byte(loss, self.validation.bytes_per_token),
         }
         table = self.config.model.reasoning_effort
         if every_effort and table:
@@ -401,17 +401,5 @@ class Trainer:
             with self._autocast():
                 self.model.features(tokens, num_experts_per_tok=experts_per_token)
 
-    @torch.no_grad()
     def _mean_loss(self, experts_per_token: int | None) -> float:
-        self.model.eval()
-        total, count = 0.0, 0
-        for tokens, targets in self.validation:
-            predicted = int((targets != -100).sum())
-            if not predicted:  # padding altogether, which another rank's share may leave to this one
-                continue
-            tokens, targets = tokens.to(self.device), targets.to(self.device)
-            with self._autocast():
-                hidden = self.model.features(tokens, num_experts_per_tok=experts_per_token).hidden
-                loss = dispatch.linear_cross_entropy(hidden.flatten(0, 1), self.model.unembedding, targets.flatten())
-            total, count = total + float(loss) * predicted, count + predicted
-        return total / count
+        return mean_loss(self.model, self.validation, dtype=self.dtype, num_experts_per_tok=experts_per_token)

@@ -24,7 +24,7 @@ def plain_lookup(text, count, longest, shortest):
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 3), st.integers(0, 2), st.data())
 def test_it_proposes_what_followed_last_time(text, shortest, more, data):
-    drafter = PromptLookup(shortest + more, shortest, cost=0.01)
+    drafter = PromptLookup(shortest + more, shortest, first=0, each=0.01)
     grown = data.draw(st.integers(1, len(text)))
     for end in range(grown, len(text) + 1):
         drafter._chance = 0.99
@@ -33,7 +33,7 @@ def test_it_proposes_what_followed_last_time(text, shortest, more, data):
 
 
 def test_a_loop_is_copied_round_and_round():
-    drafter = PromptLookup(cost=0.01)
+    drafter = PromptLookup(first=0, each=0.01)
     drafter._chance = 0.99
     assert drafter.propose([9, 1, 2, 3, 1, 2, 3, 1, 2], 7).ids == [3, 1, 2, 3, 1, 2, 3]
 
@@ -65,5 +65,5 @@ def test_it_comes_back_when_the_text_repeats_again():
 def test_mistakes_are_one_line():
     with pytest.raises(ConfigError, match="1 <= shortest <= longest"):
         PromptLookup(2, 3)
-    with pytest.raises(ConfigError, match="between 0 and 1"):
-        PromptLookup(cost=1.5)
+    with pytest.raises(ConfigError, match="expected positive numbers"):
+        PromptLookup(each=0)

@@ -106,7 +106,7 @@ def test_sampled_text_has_the_distribution_of_the_model(drafter):
     """Chi-square over the transitions of one long text; 12 degrees of freedom exceed 32.9 once in a thousand seeds."""
     model = Chain(CHAIN)
     guess = (
-        PromptLookup(longest=2, shortest=1, cost=0.01)
+        PromptLookup(longest=2, shortest=1, first=0, each=0.01)
         if drafter == "lookup"
         else Checkpoint(Chain(CHAIN.flip(0) * 1.5))
     )

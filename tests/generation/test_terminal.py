@@ -7,6 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from xmoe.generation.generate import Timing
 from xmoe.generation.session import Said
@@ -21,7 +22,7 @@ class Session:
 
     kind = "harmony"
     source = None
-    model = SimpleNamespace(config=preset("tiny"))
+    model = SimpleNamespace(config=preset("tiny"), device="cpu", unembedding=torch.zeros(1))
 
     def __init__(self, *answers):
         self.answers, self.settings = list(answers), {}

@@ -74,6 +74,7 @@ def test_a_base_model_writes_on_and_says_so(chat):
     assert code == 0
     assert "a base model without a chat template: it writes on what you type" in err
     assert "context 150 tokens" in err
+    assert "PyTorch" in err, "which kernels run is said at the start"
     assert "base model" not in out
 
 

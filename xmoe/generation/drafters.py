@@ -24,34 +24,37 @@ class PromptLookup:
     """Proposes what followed the last few tokens when they last stood in the text.
 
     It watches how often it is right and steps back by itself. With a the (moving average) chance that a drafted token is
-    right and c the cost of checking one, in passes, the gain of drafting n is (1 + a + ... + a^n) / (1 + c * n): it drafts
-    the n that promises most, and where none promises a gain it waits, twice as long after every failure, and tries one
-    token again. So text that never repeats loses next to nothing.
+    right, drafting n of them gains (1 + a + ... + a^n) / (1 + first + each * n), where the divisor is what a pass over
+    1 + n tokens costs. It drafts the n that promises most; where none promises `MARGIN`, it waits, longer after every
+    failure, and then tries one token. So text that never repeats loses next to nothing.
     """
 
-    FORGETTING = 0.85  # weight of the past in the moving average, per drafted token that was judged
+    MARGIN = 1.1  # the least gain worth drafting for: a is only an estimate
+    FORGETTING = 0.9  # weight of the past in the moving average, per drafted token that was judged
     FIRST_WAIT, LONGEST_WAIT = 4, 64  # tokens
 
-    def __init__(self, longest: int = 4, shortest: int = 2, cost: float = 0.35) -> None:
-        """longest, shortest: how many tokens must agree; long matches are sought first. cost: c above."""
+    def __init__(self, longest: int = 4, shortest: int = 2, first: float = 0.3, each: float = 0.15) -> None:
+        """longest, shortest: how many tokens must agree; long matches are sought first.
+
+        first, each: cost of checking n drafted tokens, first + each * n, in passes over one token. The defaults suit
+        experts read from memory, of which every token brings its own (`benchmarks/speculative.py` measures both).
+        """
         if not 1 <= shortest <= longest:
             raise ConfigError(
                 f"prompt lookup matches {shortest} to {longest} tokens; expected 1 <= shortest <= longest"
             )
-        if not 0 < cost < 1:
-            raise ConfigError(
-                f"the cost of checking a drafted token is {cost} passes; expected a number between 0 and 1"
-            )
-        self.longest, self.shortest, self.cost = longest, shortest, cost
+        if first < 0 or each <= 0:
+            raise ConfigError(f"checking drafted tokens costs {first} + {each} * n passes; expected positive numbers")
+        self.longest, self.shortest, self.first, self.each = longest, shortest, first, each
         self.begin()
 
     def begin(self, model=None) -> None:
         """A new text. Any model will do."""
         self._after: dict[tuple[int, ...], int] = {}  # n-gram -> where its latest continuation begins
         self._indexed = 0
-        self._chance = 0.5
+        self._chance = 0.55
         self._wait, self._next_wait = 0, self.FIRST_WAIT
-        self._seen = 0
+        self._seen, self._most = 0, 1
 
     def propose(self, text, count, cache=None, config=None, generators=None) -> Draft:
         """See Drafter; only the text and the count matter here."""
@@ -60,28 +63,31 @@ class PromptLookup:
         self._seen = len(text)
         if self._wait > 0:
             return Draft([])
-        return Draft(self._continuation(text, self._length(count)))
+        self._most = count
+        length, gain = self._promising()
+        return Draft(self._continuation(text, length if gain >= self.MARGIN else 1))
 
     def heard(self, proposed: int, accepted: int) -> None:
         """Learns from every drafted token that was judged: those accepted, and the first one that was not."""
         for right in [True] * accepted + [False] * (accepted < proposed):
             self._chance = self.FORGETTING * self._chance + (1 - self.FORGETTING) * right
-        if proposed and self._chance <= self.cost:
-            if accepted:
-                self._next_wait = self.FIRST_WAIT
-            self._wait = self._next_wait
-            self._next_wait = min(2 * self._next_wait, self.LONGEST_WAIT)
+        if not proposed or self._promising()[1] >= self.MARGIN:
+            return
+        # A trial that failed doubles the wait for the next; one that was right quarters it.
+        longer = self._next_wait // 4 if accepted == proposed else 2 * self._next_wait
+        self._next_wait = min(max(longer, self.FIRST_WAIT), self.LONGEST_WAIT)
+        self._wait = self._next_wait
 
-    def _length(self, count: int) -> int:
-        """The number of drafted tokens that promises most; 1, a trial, where none promises anything."""
-        best, best_gain, right, expected = 1, 1.0, 1.0, 1.0
-        for n in range(1, count + 1):
+    def _promising(self) -> tuple[int, float]:
+        """The number of drafted tokens that promises most, and the gain it promises."""
+        best, best_gain, right, expected = 1, 0.0, 1.0, 1.0
+        for n in range(1, self._most + 1):
             right *= self._chance
             expected += right
-            gain = expected / (1 + self.cost * n)
+            gain = expected / (1 + self.first + self.each * n)
             if gain > best_gain:
                 best, best_gain = n, gain
-        return best
+        return best, best_gain
 
     def _index(self, text: list[int]) -> None:
         """Notes every n-gram that something follows; each is noted once."""

@@ -4,8 +4,8 @@ Greedy text is the same token for token (up to the rounding of a pass over sever
 distribution: a drafted token x stays with probability min(1, p(x) / q(x)), and what replaces a rejected one is drawn from
 max(p - q, 0) (arXiv 2211.17192). The drafters stand in `drafters.py`.
 
-When does it pay? A pass over n drafted tokens costs 1 + c * n plain ones, each draft d, and a drafted token is right with
-probability a: the gain is (1 + a + ... + a^n) / (1 + c * n + d * n). In a Mixture of Experts c is not small, since every
+When does it pay? A pass over n drafted tokens costs 1 + c(n) plain ones, each draft d, and a drafted token is right with
+probability a: the gain is (1 + a + ... + a^n) / (1 + c(n) + d * n). In a Mixture of Experts c is not small, since every
 token brings its own experts; and a pruning plan keeps K, so a draft under one reads as many bytes as the model itself.
 """
 

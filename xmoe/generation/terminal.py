@@ -14,6 +14,7 @@ from pathlib import Path
 from xmoe.errors import ConfigError, XmoeError
 from xmoe.generation.session import Said, Session, set_experts
 from xmoe.generation.settings import read_settings
+from xmoe.kernels import dispatch
 from xmoe.outputs import new_file
 
 HELP = """\
@@ -121,9 +122,10 @@ class Terminal:
         interactive = sys.stdin.isatty()
         if interactive:
             _keep_history()
-        context = self.session.model.config.max_position_embeddings
-        greeting = f"{self.name}: {GREETINGS[self.session.kind]}; context {context} tokens; /help lists commands"
-        print(greeting, file=sys.stderr, flush=True)
+        model = self.session.model
+        greeting = f"{self.name}: {GREETINGS[self.session.kind]}; context {model.config.max_position_embeddings} tokens"
+        print(f"{greeting}; /help lists commands", file=sys.stderr)
+        print(dispatch.describe(model.device, model.unembedding.dtype), file=sys.stderr, flush=True)
         while True:
             try:
                 line = _read_turn("> " if interactive else "")

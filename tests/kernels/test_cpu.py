@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from xmoe.errors import ConfigError
-from xmoe.kernels import build, cpu, dispatch, portable, reference
+from xmoe.kernels import build, cpu, cpu_library, dispatch, portable, reference
 
 needs_c = pytest.mark.skipif(not cpu.available(), reason=cpu.reason() or "C kernels are there")
 BACKENDS = [pytest.param(cpu, id="cpu", marks=needs_c), pytest.param(portable, id="portable")]
@@ -297,15 +297,15 @@ def test_results_do_not_depend_on_the_number_of_threads():
 def test_every_instruction_set_this_machine_has_agrees(monkeypatch):
     """The library holds the kernels for several machines; the ones below this one's best must be right as well."""
     sets = list(build.INSTRUCTION_SETS.get(build.machine(), {"base": []}))
-    best = cpu._library().instruction_set
+    best = cpu_library.library().instruction_set
     lower = sets[sets.index(best) :]
     B, S, H, G, Dh, window = 1, 70, 4, 2, 12, 20
     indices, inputs = expert_inputs(40, 2, 22, 9, 3)
     try:
         for name in lower:
             monkeypatch.setenv("XMOE_CPU_ISA", name)
-            cpu._library.cache_clear()
-            assert cpu._library().instruction_set == name
+            cpu_library.library.cache_clear()
+            assert cpu_library.library().instruction_set == name
             for dtype in (torch.float32, torch.bfloat16):
                 check("attention", cpu, attention_inputs(B, S, H, G, Dh), dtype, window=window)
                 check_experts(cpu, indices, inputs, dtype)
@@ -313,19 +313,19 @@ def test_every_instruction_set_this_machine_has_agrees(monkeypatch):
                 check("linear_cross_entropy", cpu, [torch.randn(9, 6), torch.randn(35, 6)], dtype, torch.arange(9))
     finally:
         monkeypatch.delenv("XMOE_CPU_ISA")
-        cpu._library.cache_clear()
+        cpu_library.library.cache_clear()
 
 
 @needs_c
 def test_an_unknown_instruction_set_is_refused(monkeypatch):
     monkeypatch.setenv("XMOE_CPU_ISA", "abacus")
-    cpu._library.cache_clear()
+    cpu_library.library.cache_clear()
     try:
         with pytest.raises(ConfigError, match="abacus"):
             cpu.available()
     finally:
         monkeypatch.undo()
-        cpu._library.cache_clear()
+        cpu_library.library.cache_clear()
 
 
 def test_a_stale_library_is_not_loaded(monkeypatch, tmp_path):

@@ -12,104 +12,18 @@ come back in fp32.
 from __future__ import annotations
 
 import ctypes
-import functools
-import os
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from xmoe.errors import ConfigError
-from xmoe.kernels import build
+from xmoe.kernels.cpu_library import ELEMENTS, PIECES, AttentionArguments, available, describe, reason, run
 
-ELEMENTS = {torch.bfloat16: "bf16", torch.float32: "f32"}
-_PIECES = 16  # as in cpu_pointwise.c
-# argument types: p pointer, l int64, i int, f float
-_SIGNATURES = {
-    "attention_forward": "p",
-    "attention_backward": "p",
-    "rms_norm_forward": "pipppllf",
-    "rms_norm_backward": "ppipppppll",
-    "rope": "pllpplpllllf",
-    "sort_by_expert": "pplllpppp",
-    "gather_rows": "pppllppp",
-    "swiglu_forward": "pppllffp",
-    "swiglu_backward": "pppllffppppp",
-    "grouped_product": "ppiipplllp",
-    "grouped_gradient": "ppplllpi",
-    "combine": "ppppppplll",
-    "column_sums": "pppllp",
-    "cross_entropy": "ppllfp",
-}
-_TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
-
-
-class _AttentionArguments(ctypes.Structure):
-    """`struct attention` of cpu_attention.h."""
-
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "lse", "sinks", "dsinks")]
-        + [(name, ctypes.c_void_p) for name in ("q_pos", "k_pos")]
-        + [(n, ctypes.c_int64) for n in ("batch", "queries", "keys", "groups", "heads_per_group", "head_dim", "window")]
-        + [(f"{n}_stride", ctypes.c_int64 * 3) for n in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")]
-        + [("scale", ctypes.c_float)]
-    )
-
-
-class _Library:
-    """The loaded library: `kernels[name, dtype]` are its functions for the best instruction set of this machine."""
-
-    def __init__(self) -> None:
-        self.reason, self.instruction_set, self.kernels = "", "", {}
-        try:
-            path = build.HERE / build.library_name()
-            if not path.exists():
-                self.reason = "the C kernels are not built; `python -m xmoe.kernels.build` builds them"
-                return
-            library = ctypes.CDLL(str(path))
-        except OSError as error:
-            self.reason = f"the C kernels do not load: {error}"
-            return
-        library.xmoe_best_instruction_set.restype = ctypes.c_char_p
-        best = library.xmoe_best_instruction_set().decode()
-        self.instruction_set = os.environ.get("XMOE_CPU_ISA", best)  # to try a lesser one than this machine's best
-        sets = list(build.INSTRUCTION_SETS.get(build.machine(), {"base": []}))
-        if self.instruction_set not in sets[sets.index(best) :]:
-            offer = ", ".join(sets[sets.index(best) :])
-            raise ConfigError(f"XMOE_CPU_ISA is {self.instruction_set!r}; this machine can run {offer}")
-        for name, signature in _SIGNATURES.items():
-            for dtype, element in ELEMENTS.items():
-                function = getattr(library, f"{name}_{element}_{self.instruction_set}")
-                function.argtypes = [_TYPES[t] for t in signature]
-                function.restype = ctypes.c_int if name.startswith(("attention", "grouped")) else None
-                self.kernels[name, dtype] = function
-
-
-@functools.cache
-def _library() -> _Library:
-    return _Library()
-
-
-def available() -> bool:
-    """Whether the C library is there and loads."""
-    return bool(_library().kernels)
-
-
-def reason() -> str:
-    """Why :func:`available` is False; empty where it is True."""
-    return _library().reason
-
-
-def describe() -> str:
-    """One line: the instruction set in use, or why there is none."""
-    return f"C kernels, {_library().instruction_set}" if available() else reason()
-
-
-def _run(name: str, dtype: torch.dtype, *arguments: int | float | Tensor | None) -> None:
-    values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    if _library().kernels[name, dtype](*values):  # those with a workspace answer 1 when there is no memory for it
-        raise MemoryError(f"no memory for the workspace of {name}")
+__all__ = [
+    "ELEMENTS", "attention", "available", "compute_dtype", "describe", "experts", "linear", "linear_cross_entropy",
+    "reason", "rms_norm", "rope",
+]  # fmt: skip
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -135,7 +49,7 @@ def _product(
     """
     E, inner, columns = offsets.numel() - 1, x.shape[1], out.shape[1]
     is_float = weight.dtype == torch.float32
-    _run("grouped_product", x.dtype, x, weight, is_float, transposed, bias, offsets, E, inner, columns, out)
+    run("grouped_product", x.dtype, x, weight, is_float, transposed, bias, offsets, E, inner, columns, out)
     return out
 
 
@@ -143,14 +57,14 @@ def _gradient(left: Tensor, right: Tensor, offsets: Tensor, out: Tensor) -> Tens
     """out [E, N, I] = left [R, N]^T right [R, I] over the rows of each expert, in out's type; 0 where there are none."""
     E, height, width = offsets.numel() - 1, left.shape[1], right.shape[1]
     is_float = out.dtype == torch.float32
-    _run("grouped_gradient", left.dtype, left, right, offsets, E, height, width, out, is_float)
+    run("grouped_gradient", left.dtype, left, right, offsets, E, height, width, out, is_float)
     return out
 
 
 def _column_sums(rows: Tensor, offsets: Tensor, scale: Tensor | None = None) -> Tensor:
     """Sums of [R, N] over the rows of each expert, each times its scale: [E, N] in fp32."""
     out = torch.empty(offsets.numel() - 1, rows.shape[1], dtype=torch.float32)
-    _run("column_sums", rows.dtype, rows, scale, offsets, out.shape[0], out.shape[1], out)
+    run("column_sums", rows.dtype, rows, scale, offsets, out.shape[0], out.shape[1], out)
     return out
 
 
@@ -203,7 +117,7 @@ class _RMSNorm(Function):
         rows = x.numel() // width
         y = torch.empty(x.shape, dtype=dtype)
         scale = torch.empty(rows, dtype=torch.float32)
-        _run("rms_norm_forward", dtype, x, x.dtype == torch.float32, w, y, scale, rows, width, eps)
+        run("rms_norm_forward", dtype, x, x.dtype == torch.float32, w, y, scale, rows, width, eps)
         ctx.save_for_backward(x, w, scale)
         ctx.dtype, ctx.weight_dtype = dtype, weight.dtype
         return y
@@ -214,10 +128,10 @@ class _RMSNorm(Function):
         x, w, scale = ctx.saved_tensors
         grad = grad.to(ctx.dtype).contiguous()
         dx, dw = torch.empty_like(x), torch.empty_like(w)
-        room = torch.empty(_PIECES, w.numel())
+        room = torch.empty(PIECES, w.numel())
         is_float = x.dtype == torch.float32
         rows, width = scale.numel(), w.numel()
-        _run("rms_norm_backward", ctx.dtype, grad, x, is_float, w, scale, dx, dw, room, rows, width)
+        run("rms_norm_backward", ctx.dtype, grad, x, is_float, w, scale, dx, dw, room, rows, width)
         return dx, dw.to(ctx.weight_dtype), None, None
 
 
@@ -236,7 +150,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
     B, S, N, Dh = x.shape
     y = torch.empty(x.shape, dtype=x.dtype)
     angle_batch = 0 if cos.shape[0] == 1 else cos.stride(0)
-    _run("rope", x.dtype, x, x.stride(0), x.stride(1), cos, sin, angle_batch, y, B, S, N, Dh, direction)
+    run("rope", x.dtype, x, x.stride(0), x.stride(1), cos, sin, angle_batch, y, B, S, N, Dh, direction)
     return y
 
 
@@ -269,12 +183,12 @@ class _Attention(Function):
         out = torch.empty(B, S, H, Dh, dtype=q.dtype)
         lse = torch.empty(B, G, S * (H // G), dtype=torch.float32) if keep else None
         logits = None if sinks is None else sinks.float().contiguous()
-        arguments = _AttentionArguments(
+        arguments = AttentionArguments(
             batch=B, queries=S, keys=L, groups=G, heads_per_group=H // G, head_dim=Dh, window=window or 0, scale=scale
         )
         _place(arguments, q=q, k=k, v=v, out=out)
         _point(arguments, lse=lse, sinks=logits, q_pos=q_pos, k_pos=k_pos)
-        _run("attention_forward", q.dtype, ctypes.addressof(arguments))
+        run("attention_forward", q.dtype, ctypes.addressof(arguments))
         if keep:
             ctx.save_for_backward(q, k, v, logits, q_pos, k_pos, out, lse)
             ctx.arguments, ctx.sinks_dtype = arguments, None if sinks is None else sinks.dtype
@@ -291,18 +205,18 @@ class _Attention(Function):
         dsinks = torch.zeros(q.shape[0], H)
         _place(arguments, q=q, k=k, v=v, out=out, dout=grad, dq=dq, dk=dk, dv=dv)
         _point(arguments, lse=lse, sinks=sinks, q_pos=q_pos, k_pos=k_pos, dsinks=dsinks)
-        _run("attention_backward", q.dtype, ctypes.addressof(arguments))
+        run("attention_backward", q.dtype, ctypes.addressof(arguments))
         dsinks = None if sinks is None else dsinks.sum(0).to(ctx.sinks_dtype)
         return dq, dk, dv, dsinks, None, None, None, None, None
 
 
-def _point(arguments: _AttentionArguments, **tensors: Tensor | None) -> None:
+def _point(arguments: AttentionArguments, **tensors: Tensor | None) -> None:
     """Enter addresses."""
     for name, x in tensors.items():
         setattr(arguments, name, None if x is None else x.data_ptr())
 
 
-def _place(arguments: _AttentionArguments, **tensors: Tensor) -> None:
+def _place(arguments: AttentionArguments, **tensors: Tensor) -> None:
     """Enter addresses and strides of [batch, token, head, head_dim] tensors."""
     _point(arguments, **tensors)
     for name, x in tensors.items():
@@ -349,16 +263,16 @@ class _Experts(Function):
         offsets = torch.empty(E + 1, dtype=torch.int64)
         place, token = torch.empty(T, K, dtype=torch.int64), torch.empty(T * K, dtype=torch.int64)
         row_weight = torch.empty(T * K, dtype=torch.float32)
-        _run("sort_by_expert", dtype, indices, weights, T * K, K, E, offsets, token, row_weight, place)
+        run("sort_by_expert", dtype, indices, weights, T * K, K, E, offsets, token, row_weight, place)
         rows = int(offsets[-1])
         sorted_x = _gather(x, token, rows)
         hidden = _product(sorted_x, w1, offsets, torch.empty(rows, 2 * F, dtype=dtype))
         act = torch.empty(rows, F, dtype=dtype)
-        _run("swiglu_forward", dtype, hidden, b1, offsets, rows, F, limit, alpha, act)
+        run("swiglu_forward", dtype, hidden, b1, offsets, rows, F, limit, alpha, act)
         out = _product(act, w2, offsets, sorted_x)  # sorted_x has served; its room is as large as the answer
         y = torch.empty(T, D, dtype=dtype)
         lengths = torch.empty(T, K, dtype=torch.float32) if norms else None
-        _run("combine", dtype, out, place, indices, weights, b2, y, lengths, T, K, D)
+        run("combine", dtype, out, place, indices, weights, b2, y, lengths, T, K, D)
         ctx.save_for_backward(x, hidden, w1, b1, w2, b2, offsets, place, token, row_weight)
         ctx.limit, ctx.alpha = limit, alpha
         ctx.types = [t.dtype for t in (weights, gate_up, gate_up_bias, down, down_bias)]
@@ -375,7 +289,7 @@ class _Experts(Function):
         dout = _gather(grad.to(dtype).contiguous(), token, rows, b2, offsets, dweight)
         dact = _product(dout, w2, offsets, torch.empty(rows, F, dtype=dtype), transposed=True)
         weighted, dhidden = torch.empty_like(dact), torch.empty_like(hidden)
-        _run(
+        run(
             "swiglu_backward", dtype, hidden, b1, offsets, rows, F, ctx.limit, ctx.alpha,
             row_weight, dact, weighted, dhidden, dweight,
         )  # fmt: skip
@@ -387,7 +301,7 @@ class _Experts(Function):
         db1, db2 = _column_sums(dhidden, offsets), _column_sums(dout, offsets, row_weight)
         dx_rows = _product(dhidden, w1, offsets, dout, transposed=True)  # into dout's room
         dx = torch.empty_like(x)
-        _run("combine", dtype, dx_rows, place, None, None, None, dx, None, T, K, D)
+        run("combine", dtype, dx_rows, place, None, None, None, dx, None, T, K, D)
         dweights = torch.where(place < 0, 0.0, dweight[place.clamp(min=0)] if rows else 0.0)
         gradients = [None if g is None else g.to(t) for g, t in zip((dweights, dw1, db1, dw2, db2), ctx.types)]
         return dx, None, *gradients, None, None, None, None
@@ -398,7 +312,7 @@ def _gather(
 ) -> Tensor:
     """x[token[:rows]]; with a bias [E, D], dot[r] becomes the product of row r with its expert's bias."""
     out = torch.empty(rows, x.shape[1], dtype=x.dtype)
-    _run("gather_rows", x.dtype, x, token, out, rows, x.shape[1], bias, offsets, dot)
+    run("gather_rows", x.dtype, x, token, out, rows, x.shape[1], bias, offsets, dot)
     return out
 
 
@@ -447,7 +361,7 @@ class _LinearCrossEntropy(Function):
                 rows = _whole(s.stop - s.start)
                 part = logits[first - start : s.stop - start] if needs_grad else logits[: s.stop - first]
                 _product(h[s], w, rows, part)
-                _run("cross_entropy", dtype, part, targets[s], len(part), V, scale, losses[s])
+                run("cross_entropy", dtype, part, targets[s], len(part), V, scale, losses[s])
                 if dh is not None:
                     _product(part, w, rows, dh[s], transposed=True)
             if needs_weight_grad:

@@ -1,0 +1,123 @@
+"""Time and peak memory of recording and pruning a checkpoint of true gpt-oss-20b shapes, beside a plain copy of its bytes.
+
+    python benchmarks/prune.py --layers 3 --folder /tmp/prune-benchmark
+
+The checkpoint has random weights, a few layers, and the published embedding, in shards of 0.9 GB (3 layers: 3.5 GB). Each
+job runs in a fresh process, imports included; its peak is the resident memory the system reports for it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from xmoe import command
+
+PRUNE = """
+from xmoe.compression.cut import prune_checkpoint
+from xmoe.compression.plan import PrunePlan
+import sys
+L = int(sys.argv[3])
+kept = tuple(tuple(range(i % 2, 32, 2)) for i in range(L))
+prune_checkpoint(sys.argv[1], PrunePlan("list", "uniform", (32,) * L, 4, kept=kept), sys.argv[2], overwrite=True)
+"""
+VERIFY = """
+from xmoe.compression.verify import verify
+import sys
+assert verify(sys.argv[1], sys.argv[2]).ok
+"""
+RECORD = """
+from xmoe.compression.routing import record_checkpoint
+import sys, torch
+record_checkpoint(sys.argv[1], list(torch.randint(0, 200000, (4, 1, 256))))
+"""
+
+
+def make_checkpoint(folder: Path, layers: int) -> None:
+    """Random bytes under the names and shapes of the published hf-mxfp4 layout."""
+    import torch
+
+    from xmoe.checkpoint.config_files import config_text
+    from xmoe.checkpoint.layouts import LAYOUTS, native_shapes, stored_shapes
+    from xmoe.checkpoint.shards import ShardWriter
+    from xmoe.model.config import preset
+
+    config, layout = preset("gpt_oss_20b", num_hidden_layers=layers), LAYOUTS["hf-mxfp4"]
+    shapes = native_shapes(config)
+    tensors = {}
+    for rule in layout.rules(config):
+        dtype = torch.uint8 if rule.kind == "packed" else torch.bfloat16
+        tensors |= {n: (dtype, s) for n, s in stored_shapes(rule, config, shapes[rule.native]).items()}
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    with ShardWriter(folder, tensors, max_shard_bytes=900_000_000) as writer:
+        for name, (dtype, shape) in tensors.items():
+            rows = max(1, (1 << 25) // math.prod(shape[1:]))
+            for start in range(0, shape[0], rows):
+                part = (min(rows, shape[0] - start), *shape[1:])
+                if dtype == torch.bfloat16:
+                    value = torch.ones(part) if "norm" in name else torch.randn(part, generator=generator) * 0.02
+                else:
+                    low, high = (112, 118) if name.endswith("_scales") else (0, 256)
+                    value = torch.randint(low, high, part, generator=generator, dtype=torch.uint8)
+                writer.append(name, value.to(dtype))
+    (folder / "config.json").write_text(config_text(config, layout), encoding="utf-8")
+
+
+def measured(words: list[str]) -> tuple[float, float]:
+    """Seconds and peak megabytes of one process."""
+    began = time.perf_counter()
+    process = subprocess.Popen(words)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{words[0]} failed")
+    scale = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+    return time.perf_counter() - began, usage.ru_maxrss * scale / 1e6
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = command.parser(__doc__, "python benchmarks/prune.py --layers 3 --folder /tmp/prune-benchmark")
+    p.add_argument("--folder", default="prune-benchmark", metavar="DIR", help="where to work; what it makes is removed")
+    p.add_argument(
+        "--layers", type=int, default=3, metavar="N", help="0.49 GB each, and 2.3 GB of embeddings (default: 3)"
+    )
+    p.add_argument("--skip-record", action="store_true", help="copy, prune and verify only")
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+    args = p.parse_args(argv)
+    root = Path(args.folder)
+    source = root / "source"
+    if not source.exists():
+        make_checkpoint(source, args.layers)
+    size = sum(f.stat().st_size for f in source.iterdir())
+    found = {}
+    try:
+        for name, code, words in (
+            ("copy", None, ["cp", "-r", str(source), str(root / "copy")]),
+            ("prune 32 -> 16", PRUNE, [str(source), str(root / "pruned"), str(args.layers)]),
+            ("verify", VERIFY, [str(source), str(root / "pruned")]),
+            ("record 1,024 tokens", RECORD, [str(source)]),
+        ):
+            if code is RECORD and args.skip_record:
+                continue
+            found[name] = measured(words if code is None else [sys.executable, "-c", code, *words])
+    finally:
+        for made in ("copy", "pruned"):
+            shutil.rmtree(root / made, ignore_errors=True)
+    if args.json:
+        print(json.dumps({"bytes": size, **{k: {"seconds": s, "peak_mb": m} for k, (s, m) in found.items()}}))
+    else:
+        print(f"{size / 1e9:.2f} GB in {args.layers} layers of 32 experts\n| job | seconds | peak MB |\n|---|---|---|")
+        for name, (seconds, peak) in found.items():
+            print(f"| {name} | {seconds:.1f} | {peak:.0f} |")
+    return 0
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -263,7 +263,7 @@ int NAME(attention_forward)(const struct attention *p) {
     char *room = rooms(bytes * threads);
     int failed = !room || !at.query;
     if (!failed) {
-#pragma omp parallel for schedule(dynamic) collapse(2)
+#pragma omp parallel for schedule(dynamic) collapse(2) if (WORTH_SHARING(p->batch * z.rows * p->keys * p->groups / 4))
         for (int64_t task = 0; task < pairs; task++)
             for (int64_t part = 0; part < parts; part++)
                 forward_part(p, z, at, task / p->groups, task % p->groups, part, parts, room + bytes * thread_number());
@@ -370,7 +370,7 @@ int NAME(attention_backward)(const struct attention *p) {
     char *room = rooms(bytes * max_threads());
     int failed = !room || !at.query;
     if (!failed) {
-#pragma omp parallel for schedule(dynamic)
+#pragma omp parallel for schedule(dynamic) if (WORTH_SHARING(p->batch * z.rows * p->keys * p->groups / 4))
         for (int64_t task = 0; task < pairs; task++)
             backward_group(p, z, at, task / p->groups, task % p->groups, room + bytes * thread_number());
     }

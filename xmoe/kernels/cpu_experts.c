@@ -145,7 +145,7 @@ int NAME(grouped_product)(const element *x, const void *weight, int weight_is_fl
     int failed = !piece || !room;
     if (!failed) {
         cut(offsets, experts, most, piece);
-#pragma omp parallel for schedule(dynamic)
+#pragma omp parallel for schedule(dynamic) if (WORTH_SHARING(offsets[experts] * inner * columns / 8))
         for (int64_t task = 0; task < pieces * panels; task++)
             rows_times_panel(x, weight, weight_is_float, transposed, bias, inner, columns, piece[task / panels],
                              task % panels * PANEL, y, room + bytes * thread_number());
@@ -205,7 +205,7 @@ int NAME(grouped_gradient)(const element *left, const element *right, const int6
     unit *right_units = rooms(total * 4 + 4096);
     int failed = !room || !right_units;
     if (!failed) {
-#pragma omp parallel
+#pragma omp parallel if (WORTH_SHARING(offsets[experts] * height * width / 8))
         {
             char *own = room + bytes * thread_number();
             element *flat = (element *)own;

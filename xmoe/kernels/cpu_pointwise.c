@@ -20,7 +20,7 @@ INLINE vf load_either(const void *p, int is_float, int64_t i, int64_t n) {
 /* y = x * rsqrt(mean(x^2) + eps) * weight; keeps the reciprocal root of each row for the backward pass */
 void NAME(rms_norm_forward)(const void *x, int x_is_float, const float *weight, element *y, float *scale, int64_t rows,
                             int64_t width, float eps) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (WORTH_SHARING(rows * width))
     for (int64_t r = 0; r < rows; r++) {
         vf square = splat(0.0f);
         for (int64_t i = 0; i < width; i += LANES) {
@@ -39,7 +39,7 @@ void NAME(rms_norm_forward)(const void *x, int x_is_float, const float *weight, 
 void NAME(rms_norm_backward)(const element *dy, const void *x, int x_is_float, const float *weight, const float *scale,
                              void *dx, float *dweight, float *room, int64_t rows, int64_t width) {
     int64_t step = (rows + PIECES - 1) / PIECES;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (WORTH_SHARING(rows * width))
     for (int64_t piece = 0; piece < PIECES; piece++) {
         float *sum = room + piece * width;
         memset(sum, 0, width * sizeof(float));
@@ -76,7 +76,7 @@ void NAME(rope)(const element *x, int64_t x_batch, int64_t x_token, const float 
                 int64_t angle_batch, element *y, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim,
                 float direction) {
     int64_t half = head_dim / 2;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (WORTH_SHARING(batch * tokens * heads * head_dim))
     for (int64_t row = 0; row < batch * tokens; row++) {
         int64_t b = row / tokens, t = row % tokens;
         const float *c = cosine + b * angle_batch + t * half, *s = sine + b * angle_batch + t * half;
@@ -161,7 +161,7 @@ void NAME(sort_by_expert)(const int64_t *indices, const float *weights, int64_t 
 /* to[r] = from[token[r]]; where a bias [experts, width] is given, dot[r] = to[r] . bias[expert of r] */
 void NAME(gather_rows)(const element *from, const int64_t *token, element *to, int64_t rows, int64_t width,
                        const float *bias, const int64_t *offsets, float *dot) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (WORTH_SHARING(rows * width))
     for (int64_t chunk = 0; chunk < rows; chunk += 32) {
         int64_t e = 0;
         for (int64_t r = chunk; r < smaller(rows, chunk + 32); r++) {
@@ -179,7 +179,7 @@ void NAME(gather_rows)(const element *from, const int64_t *token, element *to, i
 /* gate_up [rows, 2 width] before its bias -> min(gate, limit) sigmoid(alpha gate) (clamp(up) + 1)  [rows, width] */
 void NAME(swiglu_forward)(const element *gate_up, const float *bias, const int64_t *offsets, int64_t rows, int64_t width,
                           float limit, float alpha, element *act) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (WORTH_SHARING(rows * width))
     for (int64_t chunk = 0; chunk < rows; chunk += 32) {
         int64_t e = 0;
         for (int64_t r = chunk; r < smaller(rows, chunk + 32); r++) {
@@ -202,7 +202,7 @@ void NAME(swiglu_forward)(const element *gate_up, const float *bias, const int64
 void NAME(swiglu_backward)(const element *gate_up, const float *bias, const int64_t *offsets, int64_t rows, int64_t width,
                            float limit, float alpha, const float *row_weight, const element *dact, element *weighted,
                            element *dgate_up, float *dweight) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (WORTH_SHARING(rows * width))
     for (int64_t chunk = 0; chunk < rows; chunk += 32) {
         int64_t e = 0;
         for (int64_t r = chunk; r < smaller(rows, chunk + 32); r++) {
@@ -234,7 +234,7 @@ void NAME(swiglu_backward)(const element *gate_up, const float *bias, const int6
  * norms[t, k] = || rows[place] + bias ||, 0 for an unused slot. */
 void NAME(combine)(const element *rows, const int64_t *place, const int64_t *indices, const float *weight, const float *bias,
                    element *out, float *norms, int64_t tokens, int64_t slots, int64_t width) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (WORTH_SHARING(tokens * slots * width))
     for (int64_t t = 0; t < tokens; t++) {
         for (int64_t i = 0; i < width; i += LANES) {
             int64_t n = width - i;
@@ -262,7 +262,7 @@ void NAME(combine)(const element *rows, const int64_t *place, const int64_t *ind
 /* out[e] = sum over the rows of expert e of scale[r] x[r]; scale may be NULL (1). One expert: plain column sums. */
 void NAME(column_sums)(const element *x, const float *scale, const int64_t *offsets, int64_t experts, int64_t width, float *out) {
     int64_t strips = (width + 127) / 128;
-#pragma omp parallel for schedule(dynamic) collapse(2)
+#pragma omp parallel for schedule(dynamic) collapse(2) if (WORTH_SHARING((offsets[experts] - offsets[0]) * width))
     for (int64_t e = 0; e < experts; e++)
         for (int64_t strip = 0; strip < strips; strip++) {
             float *sum = out + e * width;
@@ -282,7 +282,7 @@ void NAME(column_sums)(const element *x, const float *scale, const int64_t *offs
 /* Rows of logits become scale * (softmax - one at the target), in place; losses[r] = -log softmax[target].
  * A target of -100 gives a loss and a gradient of 0. */
 void NAME(cross_entropy)(element *logits, const int64_t *targets, int64_t rows, int64_t width, float scale, float *losses) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (WORTH_SHARING(rows * width))
     for (int64_t r = 0; r < rows; r++) {
         element *x = logits + r * width;
         if (targets[r] < 0) {

@@ -74,6 +74,9 @@ int omp_get_thread_num(void);
 #define thread_number() 0
 #endif
 
+/* Waking other threads costs some microseconds: smaller jobs (values touched, or multiplications) stay on one. */
+#define WORTH_SHARING(values) ((values) > 32768)
+
 #define INLINE static inline __attribute__((always_inline, unused))
 
 INLINE vf splat(float x) { return (vf){0} + x; }

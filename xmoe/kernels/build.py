@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-KERNELS = ("cpu_attention.c", "cpu_experts.c", "cpu_pointwise.c")
+KERNELS = ("cpu_attention.c", "cpu_experts.c", "cpu_few.c", "cpu_mxfp4.c", "cpu_pointwise.c")
 SOURCES = ("cpu.c", "cpu_vector.h", "cpu_product.h", "cpu_attention.h", *KERNELS)
 ELEMENTS = {"bf16": ["-DXMOE_ELEMENT_BF16"], "f32": []}
 FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-w"]

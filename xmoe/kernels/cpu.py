@@ -19,6 +19,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from xmoe.kernels.cpu_library import ELEMENTS, PIECES, AttentionArguments, available, describe, reason, run
+from xmoe.quantization.packed import PackedWeight
 
 __all__ = [
     "ELEMENTS", "attention", "available", "compute_dtype", "describe", "experts", "linear", "linear_cross_entropy",
@@ -40,14 +41,23 @@ def _whole(rows: int) -> Tensor:
 
 
 def _product(
-    x: Tensor, weight: Tensor, offsets: Tensor, out: Tensor, bias: Tensor | None = None, transposed: bool = False
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    offsets: Tensor,
+    out: Tensor,
+    bias: Tensor | None = None,
+    transposed: bool = False,
 ) -> Tensor:
     """out [R, N] = x [R, I] times the weight [E, N, I] of each row's expert, or [E, I, N] where `transposed`.
 
-    The weight may be fp32 beside rows in bf16: it is rounded on the way, and no converted copy of it exists. bias is
-    fp32 [E, N].
+    The weight may be fp32 beside rows in bf16, or MXFP4: it is rounded or decoded on the way, and no converted copy of
+    it exists. bias is fp32 [E, N], and None where the weight is packed.
     """
     E, inner, columns = offsets.numel() - 1, x.shape[1], out.shape[1]
+    if isinstance(weight, PackedWeight):
+        blocks, scales = weight.blocks, weight.scales
+        run("packed_product", x.dtype, x, blocks, scales, transposed, offsets, E, inner, columns, out)
+        return out
     is_float = weight.dtype == torch.float32
     run("grouped_product", x.dtype, x, weight, is_float, transposed, bias, offsets, E, inner, columns, out)
     return out
@@ -68,8 +78,10 @@ def _column_sums(rows: Tensor, offsets: Tensor, scale: Tensor | None = None) -> 
     return out
 
 
-def _weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight as the kernels take it: contiguous, in fp32 or in the dtype of the work."""
+def _weight(weight: Tensor | PackedWeight, dtype: torch.dtype) -> Tensor | PackedWeight:
+    """A weight as the kernels take it: contiguous, in fp32 or in the dtype of the work; or packed, as it is."""
+    if isinstance(weight, PackedWeight):
+        return weight
     return (weight if weight.dtype in (dtype, torch.float32) else weight.to(dtype)).contiguous()
 
 
@@ -101,7 +113,24 @@ class _Linear(Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """See :func:`xmoe.kernels.reference.linear`."""
-    return _Linear.apply(x, weight, bias, compute_dtype(x))
+    dtype, rows = compute_dtype(x), x.numel() // max(x.shape[-1], 1)
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    if not trains and 0 < rows <= _FEW_ROWS and weight.dtype == dtype and len(weight) >= 4 and weight.is_contiguous():
+        return _few_rows(x.to(dtype).contiguous(), weight, bias, rows)
+    return _Linear.apply(x, weight, bias, dtype)
+
+
+_FEW_ROWS = 4  # as MOST_ROWS of cpu_few.c
+
+
+def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    """x [..., I] of up to 4 rows times weight [N, I] of the same dtype, which streams past once; no gradient."""
+    if bias is not None:
+        bias = (bias if bias.dtype in (torch.bfloat16, torch.float32) else bias.float()).contiguous()
+    y = torch.empty(*x.shape[:-1], len(weight), dtype=x.dtype)
+    is_float = bias is not None and bias.dtype == torch.float32
+    run("few_rows", x.dtype, x, weight, bias, is_float, rows, x.shape[-1], len(weight), y)
+    return y
 
 
 # ------------------------------------------------------------------------------------------------ norm and rotation
@@ -256,7 +285,7 @@ class _Experts(Function):
 
     @staticmethod
     def forward(ctx, x, indices, weights, gate_up, gate_up_bias, down, down_bias, limit, alpha, norms, dtype):
-        (T, D), K, E, F = x.shape, indices.shape[1], len(gate_up), down.shape[2]
+        (T, D), K, E, F = x.shape, indices.shape[1], gate_up.shape[0], down.shape[2]
         x, indices, weights = x.to(dtype).contiguous(), indices.contiguous(), weights.float().contiguous()
         w1, w2 = _weight(gate_up, dtype), _weight(down, dtype)
         b1, b2 = gate_up_bias.float().contiguous(), down_bias.float().contiguous()
@@ -273,9 +302,11 @@ class _Experts(Function):
         y = torch.empty(T, D, dtype=dtype)
         lengths = torch.empty(T, K, dtype=torch.float32) if norms else None
         run("combine", dtype, out, place, indices, weights, b2, y, lengths, T, K, D)
-        ctx.save_for_backward(x, hidden, w1, b1, w2, b2, offsets, place, token, row_weight)
+        dense = (w if isinstance(w, Tensor) else None for w in (w1, w2))
+        ctx.save_for_backward(x, hidden, b1, b2, offsets, place, token, row_weight, *dense)
+        ctx.packed = [w if isinstance(w, PackedWeight) else None for w in (w1, w2)]
         ctx.limit, ctx.alpha = limit, alpha
-        ctx.types = [t.dtype for t in (weights, gate_up, gate_up_bias, down, down_bias)]
+        ctx.types = [getattr(t, "dtype", None) for t in (weights, gate_up, gate_up_bias, down, down_bias)]
         if lengths is not None:
             ctx.mark_non_differentiable(lengths)
         return y, lengths
@@ -283,7 +314,8 @@ class _Experts(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _):
-        x, hidden, w1, b1, w2, b2, offsets, place, token, row_weight = ctx.saved_tensors
+        x, hidden, b1, b2, offsets, place, token, row_weight, *dense = ctx.saved_tensors
+        w1, w2 = (packed if saved is None else saved for packed, saved in zip(ctx.packed, dense))
         dtype, (T, D), K, (rows, F) = x.dtype, x.shape, place.shape[1], (len(hidden), w2.shape[2])
         dweight = torch.zeros(rows)
         dout = _gather(grad.to(dtype).contiguous(), token, rows, b2, offsets, dweight)
@@ -320,16 +352,16 @@ def experts(
     x: Tensor,
     indices: Tensor,
     weights: Tensor,
-    gate_up: Tensor,
+    gate_up: Tensor | PackedWeight,
     gate_up_bias: Tensor,
-    down: Tensor,
+    down: Tensor | PackedWeight,
     down_bias: Tensor,
     *,
     limit: float = 7.0,
     alpha: float = 1.702,
     norms: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """See :func:`xmoe.kernels.reference.experts`; dense weights only."""
+    """See :func:`xmoe.kernels.reference.experts`; packed weights must be such as `cpu_packed.takes`."""
     dtype = compute_dtype(x)
     return _Experts.apply(x, indices, weights, gate_up, gate_up_bias, down, down_bias, limit, alpha, norms, dtype)
 

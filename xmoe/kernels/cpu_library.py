@@ -33,7 +33,11 @@ _SIGNATURES = {
     "combine": "ppppppplll",
     "column_sums": "pppllp",
     "cross_entropy": "ppllfp",
+    "few_rows": "pppilllp",
+    "packed_product": "pppiplllp",
+    "packed_experts": "pppppppppipplllllff",
 }
+_ANSWERING = ("attention", "grouped", "few", "packed")  # kernels with a workspace: 1 when there is no memory for it
 _TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
 
 
@@ -83,7 +87,7 @@ class Library:
             for dtype, element in ELEMENTS.items():
                 function = getattr(library, f"{name}_{element}_{self.instruction_set}")
                 function.argtypes = [_TYPES[t] for t in signature]
-                function.restype = ctypes.c_int if name.startswith(("attention", "grouped")) else None
+                function.restype = ctypes.c_int if name.startswith(_ANSWERING) else None
                 self.kernels[name, dtype] = function
 
 
@@ -115,5 +119,5 @@ def run(name: str, dtype: torch.dtype, *arguments: int | float | Tensor | None) 
         MemoryError: there is none for the kernel's workspace.
     """
     values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    if library().kernels[name, dtype](*values):  # those with a workspace answer 1 when there is no memory for it
+    if library().kernels[name, dtype](*values):
         raise MemoryError(f"no memory for the workspace of {name}")

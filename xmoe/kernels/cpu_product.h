@@ -87,6 +87,15 @@ INLINE void turn(unit *to, int64_t to_row, const unit *from, int64_t from_row, i
     transpose((float *)to, to_row, (const float *)from, from_row, rows, cols);
 }
 
+/* the sum of all lanes by halving, where adding them one after the other would wait for each */
+INLINE float total_lanes(vf x) {
+#if LANES == 16
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    return sum_lanes(x);
+#endif
+}
+
 static void *carve(char **from, int64_t bytes) {
     void *out = *from;
     *from += round_up(bytes, 64);

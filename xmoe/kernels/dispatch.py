@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from xmoe.errors import ConfigError
-from xmoe.kernels import cpu, memory, portable, reference, triton_backend
+from xmoe.kernels import cpu, cpu_packed, memory, portable, reference, triton_backend
 from xmoe.quantization.packed import PackedWeight
 
 BACKENDS = ("reference", "portable", "cpu", "triton")
@@ -75,7 +75,7 @@ def describe(device: torch.device | str, dtype: torch.dtype) -> str:
         return f"portable PyTorch on the CPU: {cpu.reason()}"
     if dtype not in cpu.ELEMENTS:
         return f"portable PyTorch on the CPU: the C kernels know bfloat16 and float32, not {dtype}"
-    return f"{cpu.describe()}; packed experts: portable PyTorch, decoded one at a time"
+    return f"{cpu.describe()}; {cpu_packed.describe()}"
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -124,7 +124,10 @@ def experts(
 ) -> tuple[Tensor, Tensor | None]:
     """See :func:`xmoe.kernels.reference.experts`."""
     dense = isinstance(gate_up, Tensor) and isinstance(down, Tensor)
-    backend = _choose(x, c_takes=dense, triton_takes=dense or triton_backend.takes(gate_up, down))
+    packed = not dense and cpu_packed.takes(gate_up, down)
+    backend = _choose(x, c_takes=dense or packed, triton_takes=dense or triton_backend.takes(gate_up, down))
+    if backend is cpu and packed:
+        backend = cpu_packed
     return backend.experts(
         x, indices, weights, gate_up, gate_up_bias, down, down_bias, limit=limit, alpha=alpha, norms=norms
     )

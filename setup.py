@@ -71,7 +71,7 @@ setup(
         ],
         "report": ["matplotlib>=3.8"],
         "hub": ["huggingface_hub>=0.26"],
-        "eval": ["lm-eval==0.4.13"],
+        "eval": ["lm-eval==0.4.13", "transformers>=5.17", "accelerate>=1.0"],
         "modal": ["modal>=0.70"],
     },
     cmdclass={"build_py": BuildPy, "develop": Develop},

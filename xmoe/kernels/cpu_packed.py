@@ -16,8 +16,12 @@ from xmoe.kernels import cpu
 from xmoe.kernels.cpu_library import run
 from xmoe.quantization.packed import PackedWeight
 
-FEW = 24
-"""Up to so many tokens an expert, on average over all experts, reading its rows once for each 4 tokens is faster."""
+FEW = 768
+"""Up to so many (token, expert) pairs, reading an expert's rows once for each 4 tokens is faster (24 a 20B expert).
+
+A number of pairs, not of pairs an expert: the two paths round differently, and a model whose experts are masked must
+take the path that the smaller, pruned one takes, to give the same bits.
+"""
 
 
 def takes(gate_up: Tensor | PackedWeight, down: Tensor | PackedWeight) -> bool:
@@ -49,7 +53,7 @@ def experts(
     """See :func:`xmoe.kernels.reference.experts`. Differentiable in x, the routing weights and the biases."""
     E, D, F = down.shape
     inputs = (x, weights, gate_up_bias, down_bias)
-    if indices.numel() > FEW * E or (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
+    if indices.numel() > FEW or (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
         return cpu.experts(
             x, indices, weights, gate_up, gate_up_bias, down, down_bias, limit=limit, alpha=alpha, norms=norms
         )

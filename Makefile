@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml constraints.txt $(wildcard xmoe/kernels/*.c xmoe/kernels/*.h) xmoe/kernels/build.py
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard xmoe/kernels/cpu/*.c xmoe/kernels/cpu/*.h) xmoe/kernels/cpu/build.py
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: quickstart test lint format gpu clean
@@ -31,7 +31,7 @@ $(VENV)/bin/python:
 $(VENV)/.installed: $(VENV)/bin/python $(SOURCES)
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	$(PIP) -e .
-	@$(BIN)/python -m xmoe.kernels.build || echo "continuing without them: PyTorch serves in their place"
+	@$(BIN)/python -m xmoe.kernels.cpu.build || echo "continuing without them: PyTorch serves in their place"
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
@@ -39,4 +39,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info xmoe/kernels/*.so xmoe/kernels/*.dylib
+	rm -rf $(VENV) build *.egg-info xmoe/kernels/cpu/*.so xmoe/kernels/cpu/*.dylib

@@ -14,8 +14,8 @@ HERE = Path(__file__).parent
 
 
 def build_c_kernels(target: Path) -> None:
-    """Compile xmoe/kernels/*.c into a shared library in `target`; never fails the install."""
-    build = runpy.run_path(str(HERE / "xmoe" / "kernels" / "build.py"))["build"]
+    """Compile xmoe/kernels/cpu/*.c into a shared library in `target`; never fails the install."""
+    build = runpy.run_path(str(HERE / "xmoe" / "kernels" / "cpu" / "build.py"))["build"]
     try:
         print(f"C kernels: {build(target).name}")
     except (RuntimeError, OSError) as error:
@@ -28,7 +28,9 @@ class BuildPy(build_py):
     def run(self):
         super().run()
         editable = getattr(self, "editable_mode", False)
-        build_c_kernels(HERE / "xmoe" / "kernels" if editable else Path(self.build_lib) / "xmoe" / "kernels")
+        build_c_kernels(
+            HERE / "xmoe" / "kernels" / "cpu" if editable else Path(self.build_lib) / "xmoe" / "kernels" / "cpu"
+        )
 
 
 class Develop(develop):
@@ -36,7 +38,7 @@ class Develop(develop):
 
     def run(self):
         super().run()
-        build_c_kernels(HERE / "xmoe" / "kernels")
+        build_c_kernels(HERE / "xmoe" / "kernels" / "cpu")
 
 
 setup(
@@ -48,7 +50,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["xmoe", "xmoe.*", "evaluation"]),
-    package_data={"xmoe.kernels": ["*.c", "*.h", "tiles/*.json"]},
+    package_data={"xmoe.kernels.cpu": ["*.c", "*.h"], "xmoe.kernels.cuda": ["tiles/*.json"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; sys_platform == 'linux' and platform_machine == 'x86_64'",

@@ -5,7 +5,7 @@ with its error, and the others go on. Exit code 0 when all ran and every check h
 
     python3 benchmarks/gpu.py                              # everything; needs torch and triton, installs nothing
     python3 benchmarks/gpu.py --only correctness,experts
-    python3 benchmarks/gpu.py tune                         # try tiles and write xmoe/kernels/tiles/sm_XX-tritonY.json
+    python3 benchmarks/gpu.py tune                         # try tiles and write xmoe/kernels/cuda/tiles/sm_XX-tritonY.json
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch  # noqa: E402
 
 from xmoe import command  # noqa: E402
 from xmoe.errors import ConfigError  # noqa: E402
-from xmoe.kernels import triton_backend  # noqa: E402
+from xmoe.kernels.cuda import backend as triton_backend  # noqa: E402
 from xmoe.outputs import new_file  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"

@@ -9,13 +9,14 @@ import torch
 from gpu_weights import DEVICE, SWIGLU, Layer, random_routing
 from torch import Tensor
 
-from xmoe.kernels import reference, triton_backend
-from xmoe.kernels.triton_attention import decode_attention
-from xmoe.kernels.triton_decode import DecodeStep
-from xmoe.kernels.triton_experts import ExpertsFunction
-from xmoe.kernels.triton_norm import Experts, combine
-from xmoe.kernels.triton_repack import unpack
-from xmoe.kernels.triton_routing import choose_and_sort, map_tiles
+from xmoe.kernels import reference
+from xmoe.kernels.cuda import backend as triton_backend
+from xmoe.kernels.cuda.decode_attention import decode_attention
+from xmoe.kernels.cuda.decode_step import DecodeStep
+from xmoe.kernels.cuda.experts import ExpertsFunction
+from xmoe.kernels.cuda.norm import Experts, combine
+from xmoe.kernels.cuda.repack import unpack
+from xmoe.kernels.cuda.routing import choose_and_sort, map_tiles
 
 Results = dict[str, Any]
 TOKENS = (1, 2, 4, 8, 16, 64, 512, 4096)

@@ -11,7 +11,7 @@ from gpu_weights import DEVICE, SWIGLU, Layer, random_routing, routing_over
 from torch import Tensor
 
 from xmoe.kernels import grouped_mm
-from xmoe.kernels.triton_experts import ExpertsFunction
+from xmoe.kernels.cuda.experts import ExpertsFunction
 
 Results = dict[str, Any]
 T, D, WIDTH, E, K = 16384, 2880, 2880, 32, 4  # the training layer of the goal

@@ -14,12 +14,12 @@ import torch
 from gpu_weights import DEVICE, Layer, random_model, routing_over
 from torch import Tensor
 
-from xmoe.kernels.triton_attention import decode_attention
-from xmoe.kernels.triton_decode import DecodeStep
-from xmoe.kernels.triton_experts import sort_for
-from xmoe.kernels.triton_flash import flash_attention
-from xmoe.kernels.triton_norm import Experts, add_and_norm, combine
-from xmoe.kernels.triton_routing import choose_and_sort
+from xmoe.kernels.cuda.decode_attention import decode_attention
+from xmoe.kernels.cuda.decode_step import DecodeStep
+from xmoe.kernels.cuda.experts import sort_for
+from xmoe.kernels.cuda.flash_attention import flash_attention
+from xmoe.kernels.cuda.norm import Experts, add_and_norm, combine
+from xmoe.kernels.cuda.routing import choose_and_sort
 from xmoe.model.config import preset
 from xmoe.model.rope import concentration, inverse_frequencies, rope_tables
 

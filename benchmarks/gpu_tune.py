@@ -14,11 +14,11 @@ import torch
 from gpu_speed import graph_seconds
 from gpu_weights import DEVICE, Layer, random_routing, routing_over
 
-from xmoe.kernels import tiles
-from xmoe.kernels.triton_attention import decode_attention
-from xmoe.kernels.triton_experts import sort_for
-from xmoe.kernels.triton_gemm import grouped_gate_up, grouped_rows, grouped_weight
-from xmoe.kernels.triton_mxfp4 import packed_input_gradient, packed_linear
+from xmoe.kernels.cuda import tiles
+from xmoe.kernels.cuda.decode_attention import decode_attention
+from xmoe.kernels.cuda.experts import sort_for
+from xmoe.kernels.cuda.gemm import grouped_gate_up, grouped_rows, grouped_weight
+from xmoe.kernels.cuda.mxfp4 import packed_input_gradient, packed_linear
 from xmoe.outputs import new_file
 
 Tile = dict[str, int]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xmoe.kernels import triton_backend
-from xmoe.kernels.triton_experts import experts_forward
-from xmoe.kernels.triton_mxfp4 import Hidden, packed_down, packed_gate_up
-from xmoe.kernels.triton_repack import repack
-from xmoe.kernels.triton_routing import SortedRows
+from xmoe.kernels.cuda import backend as triton_backend
+from xmoe.kernels.cuda.experts import experts_forward
+from xmoe.kernels.cuda.mxfp4 import Hidden, packed_down, packed_gate_up
+from xmoe.kernels.cuda.repack import repack
+from xmoe.kernels.cuda.routing import SortedRows
 from xmoe.model.transformer import Transformer
 from xmoe.quantization.packed import PackedWeight
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from xmoe.errors import ConfigError
-from xmoe.kernels import tiles
+from xmoe.kernels.cuda import tiles
 from xmoe.model.config import preset
 from xmoe.model.transformer import Transformer
 from xmoe.quantization.packed import PackedWeight

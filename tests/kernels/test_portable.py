@@ -1,4 +1,4 @@
-"""What only the portable path does: packed experts. Everything it shares with the C kernels is in test_cpu.py."""
+"""What only the portable path does: packed experts. Everything it shares with the C kernels is in cpu/test_backend.py."""
 
 from __future__ import annotations
 

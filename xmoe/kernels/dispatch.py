@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from xmoe.errors import ConfigError
-from xmoe.kernels import cpu, cpu_packed, memory, portable, reference, triton_backend
+from xmoe.kernels import memory, portable, reference
+from xmoe.kernels.cpu import backend as cpu
+from xmoe.kernels.cpu import packed as cpu_packed
+from xmoe.kernels.cuda import backend as triton_backend
 from xmoe.quantization.packed import PackedWeight
 
 BACKENDS = ("reference", "portable", "cpu", "triton")

@@ -1,0 +1,1 @@
+"""The operations as Triton kernels for CUDA, their tiles, and the proof that they compile well."""

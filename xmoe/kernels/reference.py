@@ -139,5 +139,9 @@ def _expert(weight: Tensor | PackedWeight, e: int, like: Tensor) -> Tensor:
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean over targets != -100 of -log softmax(hidden weight^T)[target]: hidden [T, D], weight [V, D], targets [T]."""
-    return F.cross_entropy(F.linear(hidden, weight).float(), targets, ignore_index=-100)
+    """Mean over targets != -100 of -log softmax(hidden weight^T)[target]: hidden [T, D], weight [V, D], targets [T].
+
+    Without any target it is 0, not 0/0: a batch of nothing but padding teaches nothing and breaks nothing.
+    """
+    total = F.cross_entropy(F.linear(hidden, weight).float(), targets, ignore_index=-100, reduction="sum")
+    return total / (targets != -100).sum().clamp(min=1)

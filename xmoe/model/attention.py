@@ -54,9 +54,9 @@ class Attention(nn.Module):
         """x [B, S, D] -> [B, S, D]. positions [B, S] or None (0 .. S-1, no cache); cos, sin [1 or B, S, Dh/2]."""
         B, S, _ = x.shape
         H, G = self.heads, self.kv_heads
-        heads = self.qkv(x).view(B, S, H + 2 * G, self.head_dim)
-        rotated = dispatch.rope(heads[:, :, : H + G], cos, sin)
-        q, k, v = rotated[:, :, :H], rotated[:, :, H:], heads[:, :, H + G :]
+        # split, not slices: its gradient is one concatenation, where each slice would fill a tensor of zeros.
+        qk, v = self.qkv(x).view(B, S, H + 2 * G, self.head_dim).split([H + G, G], dim=2)
+        q, k = dispatch.rope(qk, cos, sin).split([H, G], dim=2)
         k_pos = positions
         if cache is not None:
             k, v, k_pos = cache.update(self.layer, k, v, positions)

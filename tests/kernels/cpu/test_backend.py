@@ -265,6 +265,17 @@ def test_loss_without_gradients_is_the_same(backend):
 
 
 @backends
+def test_a_batch_without_targets_teaches_nothing(backend):
+    torch.manual_seed(0)
+    targets = torch.full((5,), -100)
+    loss, *gradients = run(
+        lambda h, w: backend.linear_cross_entropy(h, w, targets), [torch.randn(5, 8), torch.randn(30, 8)]
+    )
+    assert loss == 0 == reference.linear_cross_entropy(torch.randn(5, 8), torch.randn(30, 8), targets)
+    assert not any(gradient.any() for gradient in gradients)
+
+
+@backends
 def test_huge_logits_stay_finite(backend):
     hidden, weight = torch.full((3, 4), 60.0), torch.eye(4).repeat(2, 1) * 50
     loss = backend.linear_cross_entropy(hidden, weight, torch.tensor([0, 1, 2]))

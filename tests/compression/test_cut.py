@@ -92,36 +92,61 @@ def test_loads_as_the_masked_model(checkpoint, tmp_path, tokens, layout):
 @pytest.mark.parametrize("kept", [4, 5, 8, 11, 2])
 @torch.no_grad()
 def test_stock_transformers_gives_the_logits_of_the_masked_source(checkpoint, tmp_path, layout, kept):
+    """Cut and loaded, against loaded and masked by -inf in the router's bias: both by stock transformers alone."""
     source = checkpoint(layout, num_experts=16, num_experts_per_tok=4)
     generator = torch.Generator().manual_seed(kept)
     ids = [sorted(torch.randperm(16, generator=generator)[:kept].tolist()) for _ in range(3)]
+    k = min(4, kept)
     pruned = prune_checkpoint(source, plan_of(ids, 16, 4), tmp_path / "out")
     content = json.loads((pruned / "config.json").read_text())
     assert content["num_local_experts"] == kept
-    assert content["num_experts_per_tok"] == content["experts_per_token"] == min(4, kept)
+    assert content["num_experts_per_tok"] == content["experts_per_token"] == k
 
     for dtype in (torch.bfloat16, torch.float32):
         small, whole = opened_by_transformers(pruned, dtype), opened_by_transformers(source, dtype)
+        assert type(small).__name__ == "GptOssForCausalLM"
         for layer, keep in zip(whole.model.layers, ids):
             layer.mlp.router.bias[[e for e in range(16) if e not in keep]] = float("-inf")
+        for model in (small, whole):  # logits of order one, so that 1e-6 is a few units in their last place
+            model.lm_head.weight.mul_(0.25)
         text = torch.randint(0, 70, (60, 9), generator=generator)
-        found, whole_out = small(text).logits, whole(text, output_router_logits=True)
+        untied = ~torch.stack([tied(z, k, kept).view(60, 9).any(-1) for z, _ in stock(whole, text)[1]]).any(0)
+        assert int(untied.sum()) >= (50 if dtype == torch.bfloat16 else 60)
+        (found, cut), (expected, masked) = stock(small, text[untied]), stock(whole, text[untied])
+        for keep, (_, new), (_, old) in zip(ids, cut, masked):
+            new = torch.tensor(keep)[new]
+            if kept >= 4:
+                assert torch.equal(new.sort(-1).values, old.sort(-1).values)
+            else:  # the masked model's last choices are dropped experts, with weight zero
+                assert all(set(n) <= set(o) for n, o in zip(new.tolist(), old.tolist()))
         if dtype == torch.bfloat16:
-            clear = ~tied(whole_out.router_logits, min(4, kept), kept).view(60, 9).any(-1)
-            assert int(clear.sum()) > 15
-            assert torch.equal(found[clear], whole_out.logits[clear])
+            assert torch.equal(found, expected)
         else:
-            torch.testing.assert_close(found, whole_out.logits, rtol=0, atol=1e-5)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        assert 0.5 < float(expected.float().abs().max()) < 2
+
+
+def stock(model, text):
+    """Logits of a model of transformers, and of each layer's router the logits [T, E] and the chosen experts [T, K]."""
+    decided = []
+    hooks = [
+        layer.mlp.router.register_forward_hook(lambda module, inputs, out: decided.append((out[0], out[-1])))
+        for layer in model.model.layers
+    ]
+    logits = model(text).logits
+    for hook in hooks:
+        hook.remove()
+    return logits, decided
 
 
 def tied(router_logits, k: int, kept: int) -> torch.Tensor:
-    """bool [T]: tokens with equal logits among the best k + 1 of some layer.
+    """bool [T]: tokens whose k-th and next best logits are equal, so that their choice hangs on position alone.
 
     Stock transformers masked by -inf and stock transformers cut may then differ, because torch.topk picks among equals by
     a rule that depends on how many numbers there are.
     """
-    best = [logits.reshape(-1, 16).sort(descending=True).values[:, : min(k + 1, kept)] for logits in router_logits]
-    return torch.stack([(b[:, 1:] == b[:, :-1]).any(-1) for b in best]).any(0)
+    best = router_logits.float().sort(descending=True).values
+    return torch.zeros(len(best), dtype=torch.bool) if kept == k else best[:, k - 1] == best[:, k]
 
 
 @torch.no_grad()

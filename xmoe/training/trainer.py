@@ -62,7 +62,7 @@ class TrainConfig:
     effort_sampling: Literal["none", "step", "layer"] = (
         "none"  # draw experts per token for each step, or for each layer of it
     )
-    effort_weights: dict[str, float] = field(default_factory=lambda: {"low": 0.15, "medium": 0.45, "high": 0.4})
+    effort_weights: dict[str, float] = field(default_factory=lambda: {"low": 0.1, "medium": 0.2, "high": 0.7})
     validate_every: int = 100
     save_every: int = 500
     keep_saves: int = 1  # resume points that stay on disk

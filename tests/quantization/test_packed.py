@@ -84,7 +84,7 @@ def test_mistakes(weight):
     for ids in ([5], [-1], [0, 9]):
         with pytest.raises(ConfigError, match=r"0\.\.4"):
             packed.decode(ids)
-    with pytest.raises(ConfigError, match="mxfp4, int8, int4"):
+    with pytest.raises(ConfigError, match="mxfp4, int8, int4, low-rank"):
         PackedWeight.encode(weight, "fp8")
     with pytest.raises(CheckpointError, match="missing scales"):
         PackedWeight("mxfp4", {"blocks": packed.blocks})

@@ -73,7 +73,7 @@ def describe(device: torch.device | str, dtype: torch.dtype) -> str:
         why_not = triton_backend.reason(device, dtype)
         if why_not is not None:
             return f"portable PyTorch on {device.type}: {why_not}"
-        return f"Triton kernels on {device.type}; plain products and the loss: PyTorch; int8 and int4 experts: portable"
+        return f"Triton kernels on {device.type}; plain products and the loss: PyTorch; int8, int4 and low-rank experts: portable"
     if not cpu.available():
         return f"portable PyTorch on the CPU: {cpu.reason()}"
     if dtype not in cpu.ELEMENTS:
@@ -128,7 +128,9 @@ def experts(
     """See :func:`xmoe.kernels.reference.experts`."""
     dense = isinstance(gate_up, Tensor) and isinstance(down, Tensor)
     packed = not dense and cpu_packed.takes(gate_up, down)
-    backend = _choose(x, c_takes=dense or packed, triton_takes=dense or triton_backend.takes(gate_up, down))
+    backend = _choose(
+        x, c_takes=packed or cpu.takes(gate_up, down), triton_takes=dense or triton_backend.takes(gate_up, down)
+    )
     if backend is cpu and packed:
         backend = cpu_packed
     return backend.experts(

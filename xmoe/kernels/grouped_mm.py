@@ -27,10 +27,9 @@ def experts(
     alpha: float = 1.702,
     norms: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """See :func:`xmoe.kernels.reference.experts`; packed weights are decoded whole, in x's dtype."""
+    """See :func:`xmoe.kernels.reference.experts`; packed weights are decoded whole, in x's dtype, factors run as they are."""
     T, K = indices.shape
     E = gate_up_bias.shape[0]
-    up, low = (w.decode(dtype=x.dtype) if isinstance(w, PackedWeight) else w.to(x.dtype) for w in (gate_up, down))
     expert = torch.where(indices < 0, E, indices).flatten()  # unused slots go last, beyond every group
     order = expert.argsort(stable=True)
     counts = torch.zeros(E + 1, dtype=torch.int32, device=x.device)
@@ -39,11 +38,23 @@ def experts(
     used, which = (expert < E).unsqueeze(1), expert.clamp(max=E - 1)
     rows = torch.where(used, x[order // K], 0)
     # What grouped_mm leaves beyond the last group is not set; `where` keeps it, and its gradient, out.
-    hidden = torch.where(used, F.grouped_mm(rows, up.transpose(1, 2), offs=ends), 0) + gate_up_bias.to(x.dtype)[which]
+    hidden = torch.where(used, _product(rows, gate_up, ends), 0) + gate_up_bias.to(x.dtype)[which]
     active = torch.where(used, swiglu(hidden, limit, alpha), 0)
-    out = F.grouped_mm(active, low.transpose(1, 2), offs=ends) + down_bias.to(x.dtype)[which]
+    out = _product(active, down, ends) + down_bias.to(x.dtype)[which]
     out = torch.where(used, out, 0)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(T * K, device=x.device))
     slots = out[back].view(T, K, -1).float()
     y = (slots * weights.unsqueeze(-1)).sum(1).to(x.dtype)
     return y, slots.detach().norm(dim=-1) if norms else None
+
+
+def _product(rows: Tensor, weight: Tensor | PackedWeight, ends: Tensor) -> Tensor:
+    """rows [R, in] times the [out, in] matrix of each row's expert."""
+    if isinstance(weight, Tensor):
+        parts = [weight]
+    else:
+        low_rank = weight.format == "low-rank"
+        parts = [weight.right, weight.left] if low_rank else [weight.decode(dtype=rows.dtype)]
+    for part in parts:
+        rows = F.grouped_mm(rows, part.to(rows.dtype).transpose(1, 2), offs=ends)
+    return rows

@@ -14,7 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from xmoe.kernels.reference import visible
-from xmoe.quantization.packed import PackedWeight
+from xmoe.quantization.packed import PackedWeight, matrices
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -176,9 +176,17 @@ def attention(
 # ------------------------------------------------------------------------------------------------ experts
 
 
-def _matrix(weight: Tensor | PackedWeight, e: int, dtype: torch.dtype) -> Tensor:
-    """Matrix of expert e [out, in], converted or decoded; only this one exists outside its own format."""
-    return weight.decode([e], dtype)[0] if isinstance(weight, PackedWeight) else weight[e].to(dtype)
+def _ahead(rows: Tensor, weight: Tensor | PackedWeight, e: int) -> tuple[Tensor, Tensor]:
+    """Rows and a matrix whose product rows matrix^T is that of `rows` with expert e: a low-rank one's inner factor is done."""
+    matrix, *inner = matrices(weight, e, rows.dtype)
+    return (torch.mm(rows, inner[0].t()), matrix) if inner else (rows, matrix)
+
+
+def _back(rows: Tensor, weight: Tensor | PackedWeight, e: int) -> Tensor:
+    """rows [n, out] times the matrix of expert e -> [n, in], factor by factor."""
+    for matrix in matrices(weight, e, rows.dtype):
+        rows = torch.mm(rows, matrix)
+    return rows
 
 
 def _act(hidden: Tensor, limit: float, alpha: float) -> Tensor:
@@ -224,9 +232,11 @@ class _Experts(Function):
         out = torch.zeros(T * K, D, dtype=dtype, device=x.device)
         lengths = torch.zeros(T * K, dtype=torch.float32, device=x.device) if norms else None
         for e, place, s in _stretches(counts, order):
-            h = torch.mm(x.index_select(0, place // K), _matrix(gate_up, e, dtype).t(), out=hidden[s])
+            rows_in, matrix = _ahead(x.index_select(0, place // K), gate_up, e)
+            h = torch.mm(rows_in, matrix.t(), out=hidden[s])
             h += gate_up_bias[e].to(dtype)
-            f = torch.addmm(down_bias[e].to(dtype), _act(h, limit, alpha), _matrix(down, e, dtype).t())
+            active, matrix = _ahead(_act(h, limit, alpha), down, e)
+            f = torch.addmm(down_bias[e].to(dtype), active, matrix.t())
             out.index_copy_(0, place, f)
             if lengths is not None:
                 lengths.index_copy_(0, place, f.float().norm(dim=-1))
@@ -259,9 +269,9 @@ class _Experts(Function):
         for e, place, s in _stretches(ctx.counts, order):
             token, weight = place // K, row_weights.index_select(0, place)
             dy = grad.index_select(0, token)
-            dact = torch.mm(dy, _matrix(down, e, dtype))
+            dact = _back(dy, down, e)
             weighted, dhidden, dot = _act_backward(hidden[s], dact, weight, ctx.limit, ctx.alpha)
-            dx.index_copy_(0, place, torch.mm(dhidden, _matrix(gate_up, e, dtype)))
+            dx.index_copy_(0, place, _back(dhidden, gate_up, e))
             if dw1 is not None:
                 dw1[e].copy_(torch.mm(dhidden.t(), x.index_select(0, token)))
             if dw2 is not None:
@@ -297,7 +307,7 @@ def experts(
     alpha: float = 1.702,
     norms: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """See :func:`xmoe.kernels.reference.experts`. A packed weight is decoded one expert at a time."""
+    """See :func:`xmoe.kernels.reference.experts`. Packed weights are decoded expert by expert, factors never multiplied."""
     dtype = compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
         return _Experts.apply(x, indices, weights, gate_up, gate_up_bias, down, down_bias, limit, alpha, norms, dtype)

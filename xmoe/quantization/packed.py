@@ -1,4 +1,6 @@
-"""PackedWeight: a stack of expert matrices [E, out, in] in a packed number format, with the expert on dimension 0.
+"""PackedWeight: a stack of expert matrices [E, out, in] held in another form, with the expert on dimension 0.
+
+The form is a packed number format, or two thin factors (see :mod:`xmoe.quantization.low_rank`).
 
 Every tensor of every format has the expert on dimension 0 as well. That is what makes pruning lossless: to keep some
 experts is to select rows, and the packed bytes of those that stay are never decoded.
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from xmoe.errors import CheckpointError, ConfigError
-from xmoe.quantization import integer, mxfp4
+from xmoe.quantization import integer, low_rank, mxfp4
 
 
 class Format(NamedTuple):
@@ -27,6 +29,8 @@ class Format(NamedTuple):
     decode: Callable[[dict[str, Tensor], torch.dtype], Tensor]
     inputs: Callable[[Mapping[str, Tensor]], int]
     """Length of the logical input dimension."""
+    shared: int = 2
+    """How many leading dimensions all its tensors share: experts and out, or experts alone."""
 
 
 def _encode_mxfp4(weight: Tensor, rule: str = "best") -> dict[str, Tensor]:
@@ -37,6 +41,11 @@ def _encode_mxfp4(weight: Tensor, rule: str = "best") -> dict[str, Tensor]:
 def _mxfp4_inputs(tensors: Mapping[str, Tensor]) -> int:
     mxfp4.check_shapes(tensors["blocks"], tensors["scales"])
     return tensors["scales"].shape[-1] * mxfp4.GROUP
+
+
+def _factor_inputs(tensors: Mapping[str, Tensor]) -> int:
+    low_rank.check_shapes(tensors["left"], tensors["right"])
+    return tensors["right"].shape[-1]
 
 
 FORMATS: dict[str, Format] = {
@@ -53,6 +62,7 @@ FORMATS: dict[str, Format] = {
     "int4": Format(
         ("values", "scales"), ("zeros",), integer.encode_int4, integer.decode_int4, lambda t: t["values"].shape[2] * 2
     ),
+    "low-rank": Format(("left", "right"), (), low_rank.encode, low_rank.decode, _factor_inputs, shared=1),
 }
 
 
@@ -82,11 +92,10 @@ class PackedWeight(nn.Module):
         if unknown := [name for name in tensors if name not in known.tensors + known.optional]:
             raise CheckpointError(f"a {format} weight has no tensor {', '.join(unknown)}")
         main = tensors[known.tensors[0]]
-        if main.ndim < 3 or any(t.shape[:2] != main.shape[:2] for t in tensors.values()):
+        if main.ndim < 3 or any(t.shape[: known.shared] != main.shape[: known.shared] for t in tensors.values()):
             shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in tensors.items())
-            raise CheckpointError(
-                f"the tensors of a {format} weight must all begin with [experts, out], found {shapes}"
-            )
+            begin = ", ".join(("experts", "out")[: known.shared])
+            raise CheckpointError(f"the tensors of a {format} weight must all begin with [{begin}], found {shapes}")
         self.format = format
         self.shape = (main.shape[0], main.shape[1], known.inputs(tensors))
         for name, tensor in tensors.items():
@@ -96,7 +105,8 @@ class PackedWeight(nn.Module):
     def encode(cls, weight: Tensor, format: str = "mxfp4", **options) -> PackedWeight:
         """Pack [E, out, in].
 
-        Options are those of the format's encoder: `rule` for mxfp4, `group_size` and `affine` for int8 and int4.
+        Options are those of the format's encoder: `rule` for mxfp4, `group_size` and `affine` for int8 and int4, `rank`
+        for low-rank.
         """
         if format not in FORMATS:
             raise ConfigError(f"unknown weight format {format!r}; expected one of {', '.join(FORMATS)}")
@@ -111,6 +121,13 @@ class PackedWeight(nn.Module):
     def nbytes(self) -> int:
         """Bytes of the packed tensors, scales and zero points counted."""
         return sum(t.nbytes for t in self.tensors.values())
+
+    @property
+    def count(self) -> int:
+        """How many weights it has: E * out * in, or those of both factors of a low-rank one."""
+        if self.format == "low-rank":
+            return self.left.numel() + self.right.numel()
+        return self.shape[0] * self.shape[1] * self.shape[2]
 
     @property
     def device(self) -> torch.device:
@@ -136,3 +153,15 @@ class PackedWeight(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.format}, shape={self.shape}, {self.nbytes / 1e6:.1f} MB"
+
+
+def matrices(weight: Tensor | PackedWeight, e: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Matrices of `dtype` whose product, first to last, is that of expert e [out, in]: one, or the two of a low-rank one.
+
+    Only this expert exists outside its own form, and factors are never multiplied out.
+    """
+    if isinstance(weight, Tensor):
+        return (weight[e].to(dtype),)
+    if weight.format == "low-rank":
+        return weight.left[e].to(dtype), weight.right[e].to(dtype)
+    return (weight.decode([e], dtype)[0],)

@@ -32,6 +32,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
+def takes(*weights: Tensor | PackedWeight) -> bool:
+    """Whether :func:`experts` has a product for these weights: dense ones and low-rank factors (MXFP4: `cpu.packed`)."""
+    return all(isinstance(w, Tensor) or w.format == "low-rank" for w in weights)
+
+
 # ------------------------------------------------------------------------------------------------ matrix products
 
 
@@ -51,9 +56,14 @@ def _product(
     """out [R, N] = x [R, I] times the weight [E, N, I] of each row's expert, or [E, I, N] where `transposed`.
 
     The weight may be fp32 beside rows in bf16, or MXFP4: it is rounded or decoded on the way, and no converted copy of
-    it exists. bias is fp32 [E, N], and None where the weight is packed.
+    it exists. A low-rank one is two thin products. bias is fp32 [E, N], and None where the weight is not dense.
     """
     E, inner, columns = offsets.numel() - 1, x.shape[1], out.shape[1]
+    if isinstance(weight, PackedWeight) and weight.format == "low-rank":
+        first, second = (weight.left, weight.right) if transposed else (weight.right, weight.left)
+        between = torch.empty(len(x), weight.left.shape[2], dtype=x.dtype)
+        _product(x, _weight(first, x.dtype), offsets, between, transposed=transposed)
+        return _product(between, _weight(second, x.dtype), offsets, out, transposed=transposed)
     if isinstance(weight, PackedWeight):
         blocks, scales = weight.blocks, weight.scales
         run("packed_product", x.dtype, x, blocks, scales, transposed, offsets, E, inner, columns, out)
@@ -361,7 +371,7 @@ def experts(
     alpha: float = 1.702,
     norms: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """See :func:`xmoe.kernels.reference.experts`; packed weights must be such as `cpu_packed.takes`."""
+    """See :func:`xmoe.kernels.reference.experts`; the weights must be such as `takes` or `cpu_packed.takes` allows."""
     dtype = compute_dtype(x)
     return _Experts.apply(x, indices, weights, gate_up, gate_up_bias, down, down_bias, limit, alpha, norms, dtype)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from xmoe.errors import ConfigError
 from xmoe.kernels import memory, portable, reference
+from xmoe.kernels.adapter import Adapter
 from xmoe.kernels.cpu import backend as cpu
 from xmoe.kernels.cpu import packed as cpu_packed
 from xmoe.kernels.cuda import backend as triton_backend
@@ -86,6 +87,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _choose(x, triton_takes=False).linear(x, weight, bias)
 
 
+def adapter_product(x: Tensor, adapter: Adapter) -> Tensor:
+    """See :func:`xmoe.kernels.reference.adapter_product`; taken in x's type, or in autocast's."""
+    backend, dtype = _choose(x, triton_takes=False), portable.compute_dtype(x)
+    # The C products round fp32 weights on the way and give fp32 gradients; others want one type for both.
+    a, b = (t if backend is cpu else t.to(dtype) for t in (adapter.a, adapter.b))
+    return backend.linear(backend.linear(x, a) * adapter.scale, b)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See :func:`xmoe.kernels.reference.rms_norm`; inside autocast the result has its dtype."""
     return _choose(x).rms_norm(x, weight, eps)
@@ -124,6 +133,8 @@ def experts(
     limit: float = 7.0,
     alpha: float = 1.702,
     norms: bool = False,
+    gate_up_adapter: Adapter | None = None,
+    down_adapter: Adapter | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """See :func:`xmoe.kernels.reference.experts`."""
     dense = isinstance(gate_up, Tensor) and isinstance(down, Tensor)
@@ -133,9 +144,9 @@ def experts(
     )
     if backend is cpu and packed:
         backend = cpu_packed
-    return backend.experts(
-        x, indices, weights, gate_up, gate_up_bias, down, down_bias, limit=limit, alpha=alpha, norms=norms
-    )
+    layer = gate_up, gate_up_bias, down, down_bias
+    adapters = {"gate_up_adapter": gate_up_adapter, "down_adapter": down_adapter}
+    return backend.experts(x, indices, weights, *layer, limit=limit, alpha=alpha, norms=norms, **adapters)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

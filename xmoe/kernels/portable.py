@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from xmoe.kernels.adapter import Adapter, parts
 from xmoe.kernels.reference import visible
 from xmoe.quantization.packed import PackedWeight, matrices
 
@@ -220,7 +221,9 @@ class _Experts(Function):
     """
 
     @staticmethod
-    def forward(ctx, x, indices, weights, gate_up, gate_up_bias, down, down_bias, limit, alpha, norms, dtype):
+    def forward(
+        ctx, x, indices, weights, gate_up, gate_up_bias, down, down_bias, limit, alpha, norms, dtype, scales, *adapters
+    ):
         (T, D), (_, K), (E, F2, _) = x.shape, indices.shape, gate_up.shape
         x = x.to(dtype)
         slots = indices.flatten()
@@ -232,20 +235,26 @@ class _Experts(Function):
         out = torch.zeros(T * K, D, dtype=dtype, device=x.device)
         lengths = torch.zeros(T * K, dtype=torch.float32, device=x.device) if norms else None
         for e, place, s in _stretches(counts, order):
-            rows_in, matrix = _ahead(x.index_select(0, place // K), gate_up, e)
+            given = x.index_select(0, place // K)
+            rows_in, matrix = _ahead(given, gate_up, e)
             h = torch.mm(rows_in, matrix.t(), out=hidden[s])
+            if adapters[0] is not None:
+                h += _adapter_product(given, *adapters[:2], scales[0], e)
             h += gate_up_bias[e].to(dtype)
-            active, matrix = _ahead(_act(h, limit, alpha), down, e)
+            act = _act(h, limit, alpha)
+            active, matrix = _ahead(act, down, e)
             f = torch.addmm(down_bias[e].to(dtype), active, matrix.t())
+            if adapters[2] is not None:
+                f += _adapter_product(act, *adapters[2:], scales[1], e)
             out.index_copy_(0, place, f)
             if lengths is not None:
                 lengths.index_copy_(0, place, f.float().norm(dim=-1))
         y = torch.bmm(weights.to(dtype).unsqueeze(1), out.view(T, K, D)).squeeze(1)
         dense = [w for w in (gate_up, down) if isinstance(w, Tensor)]
-        ctx.save_for_backward(x, weights, hidden, order, down_bias, *dense)
+        ctx.save_for_backward(x, weights, hidden, order, down_bias, *adapters, *dense)
         ctx.packed = [w for w in (gate_up, down) if not isinstance(w, Tensor)]
         ctx.gate_up_is_dense, ctx.counts, ctx.limit, ctx.alpha = isinstance(gate_up, Tensor), counts, limit, alpha
-        ctx.bias_dtype = gate_up_bias.dtype
+        ctx.bias_dtype, ctx.scales = gate_up_bias.dtype, scales
         if lengths is not None:
             lengths = lengths.view(T, K)
             ctx.mark_non_differentiable(lengths)
@@ -254,7 +263,7 @@ class _Experts(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _):
-        x, weights, hidden, order, down_bias, *dense = ctx.saved_tensors
+        x, weights, hidden, order, down_bias, up_a, up_b, low_a, low_b, *dense = ctx.saved_tensors
         sources = {True: list(dense), False: list(ctx.packed)}
         gate_up = sources[ctx.gate_up_is_dense].pop(0)
         down = (sources[True] or sources[False]).pop(0)
@@ -266,12 +275,22 @@ class _Experts(Function):
         dw2 = torch.zeros_like(down) if isinstance(down, Tensor) and ctx.needs_input_grad[5] else None
         db1 = torch.zeros(E, hidden.shape[1], dtype=torch.float32, device=x.device)
         db2 = torch.zeros(E, D, dtype=torch.float32, device=x.device)
+        of_adapters = [None if t is None else torch.zeros_like(t) for t in (up_a, up_b, low_a, low_b)]
         for e, place, s in _stretches(ctx.counts, order):
             token, weight = place // K, row_weights.index_select(0, place)
             dy = grad.index_select(0, token)
             dact = _back(dy, down, e)
+            if low_a is not None:
+                dact += _adapter_back(dy, low_a, low_b, ctx.scales[1], e)
             weighted, dhidden, dot = _act_backward(hidden[s], dact, weight, ctx.limit, ctx.alpha)
-            dx.index_copy_(0, place, _back(dhidden, gate_up, e))
+            dgiven = _back(dhidden, gate_up, e)
+            if low_a is not None:
+                _adapter_gradients(weighted, dy, low_a, low_b, ctx.scales[1], e, of_adapters[2:])
+            if up_a is not None:
+                dgiven += _adapter_back(dhidden, up_a, up_b, ctx.scales[0], e)
+                given = x.index_select(0, token)
+                _adapter_gradients(given, dhidden, up_a, up_b, ctx.scales[0], e, of_adapters[:2])
+            dx.index_copy_(0, place, dgiven)
             if dw1 is not None:
                 dw1[e].copy_(torch.mm(dhidden.t(), x.index_select(0, token)))
             if dw2 is not None:
@@ -282,7 +301,27 @@ class _Experts(Function):
             dweights.index_copy_(0, place, dot.add_(torch.mv(wide, down_bias[e].float())))
         db1, db2 = db1.to(ctx.bias_dtype), db2.to(down_bias.dtype)
         dx = dx.view(T, K, D).sum(1)
-        return dx, None, dweights.view(T, K).to(weights.dtype), dw1, db1, dw2, db2, None, None, None, None
+        first = dx, None, dweights.view(T, K).to(weights.dtype), dw1, db1, dw2, db2
+        return *first, None, None, None, None, None, *of_adapters
+
+
+def _adapter_product(rows: Tensor, a: Tensor, b: Tensor, scale: float, e: int) -> Tensor:
+    """scale * b (a rows) of expert e's adapter, in the type of the rows."""
+    return torch.mm(torch.mm(rows, a[e].to(rows.dtype).t()).mul_(scale), b[e].to(rows.dtype).t())
+
+
+def _adapter_back(dy: Tensor, a: Tensor, b: Tensor, scale: float, e: int) -> Tensor:
+    """The gradient that the adapter's rows get from that of its product."""
+    return torch.mm(torch.mm(dy, b[e].to(dy.dtype)).mul_(scale), a[e].to(dy.dtype))
+
+
+def _adapter_gradients(
+    rows: Tensor, dy: Tensor, a: Tensor, b: Tensor, scale: float, e: int, into: list[Tensor]
+) -> None:
+    """Gradients of expert e's a and b, into its rows of those two stacks."""
+    inside, dinside = torch.mm(rows, a[e].to(rows.dtype).t()), torch.mm(dy, b[e].to(dy.dtype))
+    into[0][e].copy_(torch.mm(dinside.mul_(scale).t(), rows))
+    into[1][e].copy_(torch.mm(dy.t(), inside.mul_(scale)))
 
 
 def _stretches(counts: list[int], order: Tensor):
@@ -306,11 +345,15 @@ def experts(
     limit: float = 7.0,
     alpha: float = 1.702,
     norms: bool = False,
+    gate_up_adapter: Adapter | None = None,
+    down_adapter: Adapter | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """See :func:`xmoe.kernels.reference.experts`. Packed weights are decoded expert by expert, factors never multiplied."""
     dtype = compute_dtype(x)
+    scales, adapters = parts(gate_up_adapter, down_adapter)
+    layer = gate_up, gate_up_bias, down, down_bias
     with torch.autocast(x.device.type, enabled=False):
-        return _Experts.apply(x, indices, weights, gate_up, gate_up_bias, down, down_bias, limit, alpha, norms, dtype)
+        return _Experts.apply(x, indices, weights, *layer, limit, alpha, norms, dtype, scales, *adapters)
 
 
 # ------------------------------------------------------------------------------------------------ loss

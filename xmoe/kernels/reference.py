@@ -11,12 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xmoe.kernels.adapter import Adapter
 from xmoe.quantization.packed import PackedWeight
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., in] times weight [out, in] transposed, plus bias [out] -> [..., out]."""
     return F.linear(x, weight, bias)
+
+
+def adapter_product(x: Tensor, adapter: Adapter) -> Tensor:
+    """x [..., in] through an adapter -> scale * b (a x) [..., out], in x's type."""
+    return F.linear(F.linear(x, adapter.a.to(x.dtype)) * adapter.scale, adapter.b.to(x.dtype))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -104,6 +110,8 @@ def experts(
     limit: float = 7.0,
     alpha: float = 1.702,
     norms: bool = False,
+    gate_up_adapter: Adapter | None = None,
+    down_adapter: Adapter | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """What the chosen experts make of every token, weighted and summed.
 
@@ -114,6 +122,7 @@ def experts(
         gate_up, gate_up_bias: [E, 2F, D] and [E, 2F]; see :func:`swiglu` for the order of rows.
         down, down_bias: [E, D, F] and [E, D].
         norms: also return the length of each expert's output before weighting, for recording.
+        gate_up_adapter, down_adapter: what is added to the two weights, which then may stay packed and frozen.
 
     Returns:
         y [T, D] in x's type, and norms fp32 [T, K] (0 in unused slots) or None.
@@ -125,7 +134,13 @@ def experts(
             continue
         token, slot = (indices == e).nonzero(as_tuple=True)
         hidden = F.linear(x[token], _expert(gate_up, e, x), gate_up_bias[e].to(x.dtype))
-        out = F.linear(swiglu(hidden, limit, alpha), _expert(down, e, x), down_bias[e].to(x.dtype)).float()
+        if gate_up_adapter is not None:
+            hidden = hidden + adapter_product(x[token], gate_up_adapter.of(e))
+        active = swiglu(hidden, limit, alpha)
+        out = F.linear(active, _expert(down, e, x), down_bias[e].to(x.dtype))
+        if down_adapter is not None:
+            out = out + adapter_product(active, down_adapter.of(e))
+        out = out.float()
         if lengths is not None:
             lengths[token, slot] = out.detach().norm(dim=-1)
         y = y.index_add(0, token, out * weights[token, slot].unsqueeze(-1))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from xmoe.kernels import dispatch
+from xmoe.model.adapter import LoRA
 from xmoe.model.config import ModelConfig
 
 
@@ -30,9 +31,11 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.adapter: LoRA | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return dispatch.linear(x, self.weight, self.bias)
+        y = dispatch.linear(x, self.weight, self.bias)
+        return y if self.adapter is None else y + self.adapter(x)
 
 
 class Attention(nn.Module):

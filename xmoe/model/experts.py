@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from xmoe.kernels import dispatch
+from xmoe.model.adapter import LoRA
 from xmoe.model.config import ModelConfig
 from xmoe.model.router import Router, Routing
 from xmoe.quantization.packed import PackedWeight
@@ -39,6 +40,8 @@ class Experts(nn.Module):
         self.gate_up_bias = nn.Parameter(torch.empty(E, 2 * F))
         self.down: nn.Parameter | PackedWeight = nn.Parameter(torch.empty(E, D, F))
         self.down_bias = nn.Parameter(torch.empty(E, D))
+        self.gate_up_adapter: LoRA | None = None
+        self.down_adapter: LoRA | None = None
 
     def pack(self, name: str, weight: PackedWeight) -> None:
         """Put a packed weight in the place of the dense parameter `name` ("gate_up" or "down")."""
@@ -57,6 +60,8 @@ class Experts(nn.Module):
             self.down_bias,
             limit=self.limit,
             norms=norms,
+            gate_up_adapter=None if self.gate_up_adapter is None else self.gate_up_adapter.value,
+            down_adapter=None if self.down_adapter is None else self.down_adapter.value,
         )
 
 

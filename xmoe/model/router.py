@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xmoe.errors import ConfigError
+from xmoe.model.adapter import LoRA
 
 
 class Routing(NamedTuple):
@@ -40,6 +41,7 @@ class Router(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.bias = nn.Parameter(torch.empty(num_experts))
+        self.adapter: LoRA | None = None
         self.num_experts_per_tok = num_experts_per_tok
         # bool [E], or None for all: experts outside it are never chosen. It tries a pruning plan without cutting.
         self.register_buffer("kept", None, persistent=False)
@@ -70,7 +72,10 @@ class Router(nn.Module):
                 f"num_experts_per_tok is {k}; expected 1 to {self.weight.shape[0]}, the experts of a layer"
             )
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+            given = x.to(self.weight.dtype)
+            logits = F.linear(given, self.weight, self.bias)
+            if self.adapter is not None:
+                logits = logits + self.adapter(given)
         scores = logits.detach() if self.selection_bias is None else logits.detach().float() + self.selection_bias
         if self.kept_ids is None:
             indices = scores.topk(k, dim=-1).indices

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from xmoe.kernels.adapter import Adapter, parts
 from xmoe.kernels.cpu.library import ELEMENTS, PIECES, AttentionArguments, available, describe, reason, run
 from xmoe.quantization.packed import PackedWeight
 
@@ -294,11 +295,14 @@ class _Experts(Function):
     """
 
     @staticmethod
-    def forward(ctx, x, indices, weights, gate_up, gate_up_bias, down, down_bias, limit, alpha, norms, dtype):
+    def forward(
+        ctx, x, indices, weights, gate_up, gate_up_bias, down, down_bias, limit, alpha, norms, dtype, scales, *adapters
+    ):
         (T, D), K, E, F = x.shape, indices.shape[1], gate_up.shape[0], down.shape[2]
         x, indices, weights = x.to(dtype).contiguous(), indices.contiguous(), weights.float().contiguous()
         w1, w2 = _weight(gate_up, dtype), _weight(down, dtype)
         b1, b2 = gate_up_bias.float().contiguous(), down_bias.float().contiguous()
+        up_a, up_b, low_a, low_b = low = [None if t is None else _weight(t, dtype) for t in adapters]
         offsets = torch.empty(E + 1, dtype=torch.int64)
         place, token = torch.empty(T, K, dtype=torch.int64), torch.empty(T * K, dtype=torch.int64)
         row_weight = torch.empty(T * K, dtype=torch.float32)
@@ -306,17 +310,22 @@ class _Experts(Function):
         rows = int(offsets[-1])
         sorted_x = _gather(x, token, rows)
         hidden = _product(sorted_x, w1, offsets, torch.empty(rows, 2 * F, dtype=dtype))
+        if up_a is not None:
+            _add_adapter(hidden, sorted_x, up_a, up_b, scales[0], offsets)
         act = torch.empty(rows, F, dtype=dtype)
         run("swiglu_forward", dtype, hidden, b1, offsets, rows, F, limit, alpha, act)
         out = _product(act, w2, offsets, sorted_x)  # sorted_x has served; its room is as large as the answer
+        if low_a is not None:
+            _add_adapter(out, act, low_a, low_b, scales[1], offsets)
         y = torch.empty(T, D, dtype=dtype)
         lengths = torch.empty(T, K, dtype=torch.float32) if norms else None
         run("combine", dtype, out, place, indices, weights, b2, y, lengths, T, K, D)
         dense = (w if isinstance(w, Tensor) else None for w in (w1, w2))
-        ctx.save_for_backward(x, hidden, b1, b2, offsets, place, token, row_weight, *dense)
+        ctx.save_for_backward(x, hidden, b1, b2, offsets, place, token, row_weight, *dense, *low)
         ctx.packed = [w if isinstance(w, PackedWeight) else None for w in (w1, w2)]
-        ctx.limit, ctx.alpha = limit, alpha
+        ctx.limit, ctx.alpha, ctx.scales = limit, alpha, scales
         ctx.types = [getattr(t, "dtype", None) for t in (weights, gate_up, gate_up_bias, down, down_bias)]
+        ctx.adapter_types = [getattr(t, "dtype", None) for t in adapters]
         if lengths is not None:
             ctx.mark_non_differentiable(lengths)
         return y, lengths
@@ -324,29 +333,71 @@ class _Experts(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _):
-        x, hidden, b1, b2, offsets, place, token, row_weight, *dense = ctx.saved_tensors
+        x, hidden, b1, b2, offsets, place, token, row_weight, *dense, up_a, up_b, low_a, low_b = ctx.saved_tensors
         w1, w2 = (packed if saved is None else saved for packed, saved in zip(ctx.packed, dense))
         dtype, (T, D), K, (rows, F) = x.dtype, x.shape, place.shape[1], (len(hidden), w2.shape[2])
+        needs = ctx.needs_input_grad
         dweight = torch.zeros(rows)
         dout = _gather(grad.to(dtype).contiguous(), token, rows, b2, offsets, dweight)
         dact = _product(dout, w2, offsets, torch.empty(rows, F, dtype=dtype), transposed=True)
+        if low_a is not None:
+            dout_inside = _into_rank(dout, low_b, ctx.scales[1], offsets, transposed=True)
+            _add_product(dact, dout_inside, low_a, offsets, transposed=True)
         weighted, dhidden = torch.empty_like(dact), torch.empty_like(hidden)
         run(
             "swiglu_backward", dtype, hidden, b1, offsets, rows, F, ctx.limit, ctx.alpha,
             row_weight, dact, weighted, dhidden, dweight,
         )  # fmt: skip
-        dw1 = dw2 = None
-        if ctx.needs_input_grad[5]:
+        dw1 = dw2 = dx = db1 = db2 = dup_a = dup_b = dlow_a = dlow_b = None
+        if low_a is not None:
+            dlow_a = _gradient(dout_inside, weighted, offsets, torch.empty_like(low_a))
+            dlow_b = _gradient(
+                dout, _into_rank(weighted, low_a, ctx.scales[1], offsets), offsets, torch.empty_like(low_b)
+            )
+        if needs[5]:
             dw2 = _gradient(dout, weighted, offsets, torch.empty_like(w2))
-        if ctx.needs_input_grad[3]:
-            dw1 = _gradient(dhidden, _gather(x, token, rows), offsets, torch.empty_like(w1))
-        db1, db2 = _column_sums(dhidden, offsets), _column_sums(dout, offsets, row_weight)
-        dx_rows = _product(dhidden, w1, offsets, dout, transposed=True)  # into dout's room
-        dx = torch.empty_like(x)
-        run("combine", dtype, dx_rows, place, None, None, None, dx, None, T, K, D)
+        if up_a is not None:
+            dhidden_inside = _into_rank(dhidden, up_b, ctx.scales[0], offsets, transposed=True)
+        if needs[3] or up_a is not None:
+            sorted_x = _gather(x, token, rows)
+            if needs[3]:
+                dw1 = _gradient(dhidden, sorted_x, offsets, torch.empty_like(w1))
+            if up_a is not None:
+                dup_a = _gradient(dhidden_inside, sorted_x, offsets, torch.empty_like(up_a))
+                inside = _into_rank(sorted_x, up_a, ctx.scales[0], offsets)
+                dup_b = _gradient(dhidden, inside, offsets, torch.empty_like(up_b))
+        if needs[4]:
+            db1 = _column_sums(dhidden, offsets)
+        if needs[6]:
+            db2 = _column_sums(dout, offsets, row_weight)
+        if needs[0]:
+            dx_rows = _product(dhidden, w1, offsets, dout, transposed=True)  # into dout's room
+            if up_a is not None:
+                _add_product(dx_rows, dhidden_inside, up_a, offsets, transposed=True)
+            dx = torch.empty_like(x)
+            run("combine", dtype, dx_rows, place, None, None, None, dx, None, T, K, D)
         dweights = torch.where(place < 0, 0.0, dweight[place.clamp(min=0)] if rows else 0.0)
         gradients = [None if g is None else g.to(t) for g, t in zip((dweights, dw1, db1, dw2, db2), ctx.types)]
-        return dx, None, *gradients, None, None, None, None
+        of_adapters = [
+            None if g is None else g.to(t) for g, t in zip((dup_a, dup_b, dlow_a, dlow_b), ctx.adapter_types)
+        ]
+        return dx, None, *gradients, None, None, None, None, None, *of_adapters
+
+
+def _add_product(to: Tensor, rows: Tensor, weight: Tensor, offsets: Tensor, transposed: bool = False) -> None:
+    """to += rows times the weight of each row's expert."""
+    to += _product(rows, weight, offsets, torch.empty_like(to), transposed=transposed)
+
+
+def _into_rank(rows: Tensor, weight: Tensor, scale: float, offsets: Tensor, transposed: bool = False) -> Tensor:
+    """scale times rows times a, [R, r]; or, `transposed`, times b: the way back into the r dimensions of an adapter."""
+    rank = weight.shape[2 if transposed else 1]
+    return _product(rows, weight, offsets, rows.new_empty(len(rows), rank), transposed=transposed).mul_(scale)
+
+
+def _add_adapter(to: Tensor, rows: Tensor, a: Tensor, b: Tensor, scale: float, offsets: Tensor) -> None:
+    """to += scale * b a rows, expert by expert."""
+    _add_product(to, _into_rank(rows, a, scale, offsets), b, offsets)
 
 
 def _gather(
@@ -370,10 +421,14 @@ def experts(
     limit: float = 7.0,
     alpha: float = 1.702,
     norms: bool = False,
+    gate_up_adapter: Adapter | None = None,
+    down_adapter: Adapter | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """See :func:`xmoe.kernels.reference.experts`; the weights must be such as `takes` or `cpu_packed.takes` allows."""
     dtype = compute_dtype(x)
-    return _Experts.apply(x, indices, weights, gate_up, gate_up_bias, down, down_bias, limit, alpha, norms, dtype)
+    scales, adapters = parts(gate_up_adapter, down_adapter)
+    layer = gate_up, gate_up_bias, down, down_bias
+    return _Experts.apply(x, indices, weights, *layer, limit, alpha, norms, dtype, scales, *adapters)
 
 
 # ------------------------------------------------------------------------------------------------ loss

@@ -22,7 +22,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 KERNELS = ("attention.c", "experts.c", "few.c", "mxfp4.c", "pointwise.c")
-SOURCES = ("instruction_set.c", "vector.h", "product.h", "attention.h", *KERNELS)
+SOURCES = ("instruction_set.c", "vector.h", "product.h", "adapter.h", "attention.h", *KERNELS)
 ELEMENTS = {"bf16": ["-DXMOE_ELEMENT_BF16"], "f32": []}
 FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-w"]
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mprefer-vector-width=512"]

@@ -35,7 +35,7 @@ _SIGNATURES = {
     "cross_entropy": "ppllfp",
     "few_rows": "pppilllp",
     "packed_product": "pppiplllp",
-    "packed_experts": "pppppppppipplllllff",
+    "packed_experts": "pppppppppipplllllffpplfpplf",
 }
 _ANSWERING = ("attention", "grouped", "few", "packed")  # kernels with a workspace: 1 when there is no memory for it
 _TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}

@@ -9,6 +9,7 @@
  * Many rows (prefill, gradients): pieces of a weight are decoded into the panels of a blocked product, as small as the
  * first cache; no expert ever exists decoded.
  */
+#include "adapter.h"
 #include "product.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -79,6 +80,15 @@ INLINE ready make_ready(float x) {
     return narrow_one(x);
 #else
     return x;
+#endif
+}
+
+INLINE element ready_to_element(ready x) {
+#if STEPS == 4
+    return x;
+#else
+    element e;
+    return store_one(&e, x), e;
 #endif
 }
 
@@ -185,7 +195,8 @@ INLINE float bias_at(const void *bias, int is_float, int64_t i) {
 /* One group of 32 activations of a piece: 64 rows of gate_up, their bias, the clamped SwiGLU. */
 static void activate(struct piece p, const int64_t *slot, int64_t group, const uint8_t *blocks, const uint8_t *scales,
                      const void *bias, int bias_is_float, const ready *x, int64_t x_row, int64_t slots_per_token, int64_t groups,
-                     int64_t width, float limit, float alpha, ready *act, int64_t act_row) {
+                     int64_t width, float limit, float alpha, struct adapter low, const float *inside, ready *act,
+                     int64_t act_row) {
     const ready *rows[TASK_TOKENS];
     float sums[TASK_TOKENS * TASK_ROWS], *h = sums, done[TASK_ROWS / 2];
     int64_t row = p.expert * 2 * width + group * TASK_ROWS;
@@ -193,6 +204,7 @@ static void activate(struct piece p, const int64_t *slot, int64_t group, const u
     few_rows(p.count, blocks + row * groups * GROUP_BYTES, scales + row * groups, groups, TASK_ROWS, rows, sums);
     for (int64_t i = 0; i < p.count; i++, h += TASK_ROWS) {
         for (int64_t r = 0; r < TASK_ROWS; r++) h[r] += bias_at(bias, bias_is_float, row + r);
+        if (low.a) out_of_rank(low, row, TASK_ROWS, inside + (p.first + i) * low.rank, h);
         for (int64_t r = 0; r < TASK_ROWS; r += 2 * LANES) {
             vf low = load_float(h + r), high = load_float(h + r + LANES);
             vf gate = vmin(EVEN(low, high), splat(limit)), up = vmax(vmin(ODD(low, high), splat(limit)), splat(-limit));
@@ -206,19 +218,26 @@ static void activate(struct piece p, const int64_t *slot, int64_t group, const u
 /* Everything between the router and the residual stream, for few tokens: y[t] = sum over k of weights[t, k] f_e(x[t]).
  *
  * x, y [tokens, width]; indices, weights [tokens, slots], index -1 for a slot that is not used; gate_up [experts, 2 inner,
- * width] and down [experts, width, inner] packed; biases floats or bf16; norms [tokens, slots] = ||f_e(x)||, or NULL. */
+ * width] and down [experts, width, inner] packed; biases floats or bf16; norms [tokens, slots] = ||f_e(x)||, or NULL. Adapters
+ * of the two weights as in adapter.h, each with its rank and scale. */
 int NAME(packed_experts)(const element *x, const int64_t *indices, const float *weights, const uint8_t *up_blocks,
                          const uint8_t *up_scales, const void *up_bias, const uint8_t *down_blocks, const uint8_t *down_scales,
                          const void *down_bias, int bias_is_float, element *y, float *norms, int64_t tokens, int64_t slots,
-                         int64_t experts, int64_t width, int64_t inner, float limit, float alpha) {
+                         int64_t experts, int64_t width, int64_t inner, float limit, float alpha, const float *up_a,
+                         const float *up_b, int64_t up_rank, float up_scale, const float *down_a, const float *down_b,
+                         int64_t down_rank, float down_scale) {
+    struct adapter up_adapter = {up_a, up_b, up_rank, up_scale}, down_adapter = {down_a, down_b, down_rank, down_scale};
     int64_t all = tokens * slots, x_row = round_up(width, CHUNK), act_row = round_up(inner, CHUNK), pieces = 0;
     int64_t bytes = all * 5 * 8 + (experts + 1) * 8 + tokens * x_row * sizeof(ready) + all * (act_row * sizeof(ready) + width * 4);
-    char *all_room = rooms(bytes + 8 * 64), *room = all_room;
+    bytes += all * (up_rank + down_rank) * 4 + (down_a ? all * inner * sizeof(element) : 0);
+    char *all_room = rooms(bytes + 11 * 64), *room = all_room;
     if (!room) return 1;
     int64_t *slot = carve(&room, all * 8), *place = carve(&room, all * 8), *next = carve(&room, (experts + 1) * 8);
     struct piece *piece = carve(&room, all * sizeof(struct piece));
     ready *ready_x = carve(&room, tokens * x_row * sizeof(ready)), *act = carve(&room, all * act_row * sizeof(ready));
     float *out = carve(&room, all * width * 4);
+    float *up_inside = carve(&room, all * up_rank * 4), *down_inside = carve(&room, all * down_rank * 4);
+    element *act_elements = carve(&room, down_a ? all * inner * sizeof(element) : 0); /* activations in their own order */
 
     memset(next, 0, (experts + 1) * 8); /* sort the slots by expert */
     for (int64_t i = 0; i < all; i++)
@@ -241,10 +260,25 @@ int NAME(packed_experts)(const element *x, const int64_t *indices, const float *
         }
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < all; i++) memset(act + (i + 1) * act_row - CHUNK, 0, CHUNK * sizeof(ready));
+        if (up_a) {
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < all; i++)
+                if (place[i] >= 0)
+                    into_rank(up_adapter, indices[i], x + i / slots * width, width, up_inside + place[i] * up_rank);
+        }
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < pieces * up_tasks; task++)
             activate(piece[task / up_tasks], slot, task % up_tasks, up_blocks, up_scales, up_bias, bias_is_float, ready_x, x_row,
-                     slots, width / GROUP, inner, limit, alpha, act, act_row);
+                     slots, width / GROUP, inner, limit, alpha, up_adapter, up_inside, act, act_row);
+        if (down_a) {
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < all; i++) {
+                if (place[i] < 0) continue;
+                element *own = act_elements + i * inner;
+                for (int64_t c = 0; c < inner; c++) own[c] = ready_to_element(act[place[i] * act_row + place_of(c)]);
+                into_rank(down_adapter, indices[i], own, inner, down_inside + place[i] * down_rank);
+            }
+        }
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < pieces * down_tasks; task++) {
             struct piece p = piece[task / down_tasks];
@@ -254,9 +288,11 @@ int NAME(packed_experts)(const element *x, const int64_t *indices, const float *
             float sums[TASK_TOKENS * TASK_ROWS];
             for (int64_t i = 0; i < p.count; i++) rows[i] = act + (p.first + i) * act_row;
             few_rows(p.count, down_blocks + row * groups * GROUP_BYTES, down_scales + row * groups, groups, count, rows, sums);
-            for (int64_t i = 0; i < p.count; i++)
-                for (int64_t r = 0; r < count; r++)
-                    out[(p.first + i) * width + first + r] = sums[i * TASK_ROWS + r] + bias_at(down_bias, bias_is_float, row + r);
+            for (int64_t i = 0; i < p.count; i++) {
+                float *to = out + (p.first + i) * width + first;
+                for (int64_t r = 0; r < count; r++) to[r] = sums[i * TASK_ROWS + r] + bias_at(down_bias, bias_is_float, row + r);
+                if (down_a) out_of_rank(down_adapter, row, count, down_inside + (p.first + i) * down_rank, to);
+            }
         }
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < tokens * width / GROUP; i++) { /* width is a multiple of GROUP */

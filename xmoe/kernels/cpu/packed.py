@@ -12,6 +12,7 @@ import sys
 import torch
 from torch import Tensor
 
+from xmoe.kernels.adapter import Adapter
 from xmoe.kernels.cpu import backend as cpu
 from xmoe.kernels.cpu.library import run
 from xmoe.quantization.packed import PackedWeight
@@ -49,14 +50,16 @@ def experts(
     limit: float = 7.0,
     alpha: float = 1.702,
     norms: bool = False,
+    gate_up_adapter: Adapter | None = None,
+    down_adapter: Adapter | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """See :func:`xmoe.kernels.reference.experts`. Differentiable in x, the routing weights and the biases."""
+    """See :func:`xmoe.kernels.reference.experts`. Differentiable in x, the routing weights, the biases and the adapters."""
     E, D, F = down.shape
-    inputs = (x, weights, gate_up_bias, down_bias)
+    adapters = {"gate_up_adapter": gate_up_adapter, "down_adapter": down_adapter}
+    inputs = (x, weights, gate_up_bias, down_bias, *(t for low in adapters.values() if low for t in (low.a, low.b)))
     if indices.numel() > FEW or (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
-        return cpu.experts(
-            x, indices, weights, gate_up, gate_up_bias, down, down_bias, limit=limit, alpha=alpha, norms=norms
-        )
+        both = {"limit": limit, "alpha": alpha, "norms": norms, **adapters}
+        return cpu.experts(x, indices, weights, gate_up, gate_up_bias, down, down_bias, **both)
     dtype, (T, K) = cpu.compute_dtype(x), indices.shape
     x, indices, weights = x.to(dtype).contiguous(), indices.contiguous(), weights.float().contiguous()
     biases = [b.contiguous() for b in (gate_up_bias, down_bias)]
@@ -67,5 +70,13 @@ def experts(
     run(
         "packed_experts", dtype, x, indices, weights, gate_up.blocks, gate_up.scales, biases[0],
         down.blocks, down.scales, biases[1], biases[0].dtype == torch.float32, y, lengths, T, K, E, D, F, limit, alpha,
+        *_as_floats(gate_up_adapter), *_as_floats(down_adapter),
     )  # fmt: skip
     return y, lengths
+
+
+def _as_floats(adapter: Adapter | None) -> tuple[Tensor | None, Tensor | None, int, float]:
+    """a, b, rank and scale as the kernel takes them."""
+    if adapter is None:
+        return None, None, 0, 0.0
+    return adapter.a.float().contiguous(), adapter.b.float().contiguous(), adapter.rank, adapter.scale

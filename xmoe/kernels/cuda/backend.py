@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from xmoe.kernels.adapter import Adapter
+from xmoe.kernels.reference import swiglu
 from xmoe.quantization.packed import PackedWeight
 
 if TYPE_CHECKING:
@@ -152,8 +154,17 @@ def experts(
     limit: float = 7.0,
     alpha: float = 1.702,
     norms: bool = False,
+    gate_up_adapter: Adapter | None = None,
+    down_adapter: Adapter | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """See :func:`xmoe.kernels.reference.experts`."""
+    """See :func:`xmoe.kernels.reference.experts`. With adapters the products run one by one, the activation between them."""
+    if gate_up_adapter is not None or down_adapter is not None:
+        hidden = expert_linear(x, indices, gate_up, gate_up_bias, gate_up_adapter).flatten(0, 1)
+        slots = indices.reshape(-1, 1)
+        out = expert_linear(swiglu(hidden, limit, alpha), slots, down, down_bias, down_adapter)
+        out = out.view(*indices.shape, -1).float()
+        y = (out * weights.float().unsqueeze(-1)).sum(1).to(hidden.dtype)
+        return y, out.detach().norm(dim=-1) if norms else None
     from xmoe.kernels.cuda.experts import ExpertsFunction, experts_forward
 
     dtype = _autocast(x)
@@ -169,24 +180,31 @@ def experts(
     return y, lengths
 
 
-def expert_linear(x: Tensor, indices: Tensor, weight: Tensor | PackedWeight, bias: Tensor) -> Tensor:
+def expert_linear(
+    x: Tensor, indices: Tensor, weight: Tensor | PackedWeight, bias: Tensor, adapter: Adapter | None = None
+) -> Tensor:
     """One product for each slot: x [T, D] with weight [E, N, D] and bias [E, N] of expert indices[t, k] -> [T, K, N].
 
-    Differentiable in x and in what is dense; unused slots give 0. It is what a low-rank adapter wraps: weight may be
-    packed and frozen, gradients flow through it.
+    Differentiable in x, in what is dense and in the adapter, which is added over the same sorted rows; unused slots give
+    0. The weight may be packed and frozen: gradients flow through it.
     """
     from xmoe.kernels.cuda.experts import ExpertLinearFunction, sort_for
 
     dtype = _autocast(x)
     packed = in_kernel_order(weight, paired=None)
     packed = packed.to(dtype) if isinstance(packed, Tensor) else packed
-    T, K = indices.shape
-    rows = sort_for(indices, weight.shape[0], packed)
+    (T, K), E = indices.shape, weight.shape[0]
+    rows = sort_for(indices, E, packed)
     # Rows from offsets[E] on belong to no expert: their order is unset, nothing is written to them, and `where` keeps
     # whatever stands in their gradient away from x.
     in_use = torch.arange(T * K, device=x.device) < rows.offsets[-1]
     slot = rows.order.long().masked_fill(~in_use, T * K)
-    taken = x.to(dtype)[slot.clamp(max=T * K - 1) // K]
-    out = ExpertLinearFunction.apply(torch.where(in_use.unsqueeze(1), taken, 0), packed, bias, rows)
+    taken = torch.where(in_use.unsqueeze(1), x.to(dtype)[slot.clamp(max=T * K - 1) // K], 0)
+    out = ExpertLinearFunction.apply(taken, packed, bias, rows)
+    if adapter is not None:
+        a, b = adapter.a.to(dtype), adapter.b.to(dtype)
+        inside = ExpertLinearFunction.apply(taken, a, bias.new_zeros(E, adapter.rank), rows) * adapter.scale
+        inside = torch.where(in_use.unsqueeze(1), inside, 0)
+        out = out + ExpertLinearFunction.apply(inside, b, torch.zeros_like(bias), rows)
     place = slot.new_zeros(T * K + 1).scatter(0, slot, torch.arange(T * K, device=x.device))[:-1]
     return out[place].masked_fill((indices < 0).view(-1, 1), 0.0).view(T, K, -1)

@@ -20,6 +20,7 @@ from evaluation.encoding import TokenRequest
 from evaluation.scoring import Scorer
 from evaluation.settings import EvalConfig
 from evaluation.tasks import Answer, Benchmark, Example, score_choice
+from xmoe.checkpoint import config_files
 from xmoe.errors import ConfigError
 from xmoe.generation.generate import generate
 from xmoe.generation.harmony import Conversation, Harmony, Message
@@ -116,12 +117,32 @@ def generated_answers(
             seed=config.seed + batch[0],
             num_experts_per_tok=scorer.num_experts_per_tok,
             stop=() if chat else benchmark.stop,
-            **({"stop_tokens": harmony.stop_tokens} if chat else {}),
+            stop_tokens=harmony.stop_tokens if chat else end_tokens(scorer),
         )
         for i, completion in zip(batch, completions):
             scorer.tokens_computed += len(prompts[i]) + len(completion.ids)
-            text = final_text(harmony, completion.ids) if chat else completion.text
+            text = (
+                final_text(harmony, completion.ids)
+                if chat
+                else plain_text(scorer.tokenizer, completion.ids, benchmark.stop)
+            )
             yield i, [Answer(text=text)]
+
+
+def end_tokens(scorer: Scorer) -> frozenset[int]:
+    """Where plain generation ends: the tokenizer's end of text, and what the checkpoint says of itself."""
+    source = getattr(scorer.model, "source", None)
+    stated = frozenset() if source is None else config_files.end_tokens(source.folder, source.extra)
+    return stated | ({scorer.tokenizer.eos_id} - {None})
+
+
+def plain_text(tokenizer, ids: Sequence[int], stop: Sequence[str]) -> str:
+    """What `ids` say up to the first stop string, as the harness reads it.
+
+    Special tokens are left out; half a character at the end shows as U+FFFD, which a stream of text would hold back.
+    """
+    text = tokenizer.decode(ids, skip_special=True)
+    return text[: min((text.find(s) for s in stop if s in text), default=len(text))]
 
 
 def final_text(harmony: Harmony, ids: Sequence[int]) -> str:

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from evaluation.averages import NORMAL_95
+from evaluation.chat_modes import end_tokens, plain_text
 from evaluation.results import Report, describe_environment, describe_model
 from evaluation.runner import make_scorer
 from evaluation.scoring import Scorer
 from evaluation.settings import EvalConfig
-from evaluation.tasks import ALIASES, Request
+from evaluation.tasks import ALIASES, HARNESS_SEED, Request
 from xmoe.data.tokenizer import check_vocabulary
 from xmoe.errors import ConfigError
 from xmoe.generation.generate import generate
@@ -59,6 +60,7 @@ def _generate(scorer: Scorer, requests: Sequence[tuple[str, dict[str, Any]]], se
     for members in groups.values():
         settings = requests[members[0]][1]
         until = settings.get("until") or []
+        stop = tuple(s for s in ([until] if isinstance(until, str) else until) if s)
         new_tokens = int(settings.get("max_gen_toks") or settings.get("max_new_tokens") or 256)
         if new_tokens >= scorer.max_length:
             raise ConfigError(
@@ -73,13 +75,14 @@ def _generate(scorer: Scorer, requests: Sequence[tuple[str, dict[str, Any]]], se
             [prompts[j] for j in order],
             batch_size=scorer.batch_size,
             max_new_tokens=new_tokens,
-            stop=tuple(s for s in ([until] if isinstance(until, str) else until) if s),
+            stop=stop,
+            stop_tokens=end_tokens(scorer),
             temperature=float(settings.get("temperature", 1.0)) if sampled else 0.0,
             seed=seed,
             num_experts_per_tok=scorer.num_experts_per_tok,
         )
         for j, completion in zip(order, completions):
-            texts[members[j]] = completion.text
+            texts[members[j]] = plain_text(scorer.tokenizer, completion.ids, stop)
     return texts
 
 
@@ -117,7 +120,7 @@ def evaluate_with_harness(
         random_seed=config.seed,
         numpy_random_seed=config.seed,
         torch_random_seed=config.seed,
-        fewshot_random_seed=config.seed,
+        fewshot_random_seed=HARNESS_SEED,
         task_manager=manager,
         log_samples=False,
     )

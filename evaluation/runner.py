@@ -139,7 +139,7 @@ def load_examples(benchmark: Benchmark, config: EvalConfig) -> tuple[list[Exampl
     few_shot = None
     if shots:
         shot_rows, shot_source = load_rows(benchmark.name, benchmark.location, "fewshot", config.data_dir)
-        few_shot = benchmark.few_shot_texts(shot_rows, shots)
+        few_shot = benchmark.few_shot(shot_rows, shots)
         data["fewshot"] = shot_source.as_dict()
     examples = benchmark.examples(rows, few_shot)
     if benchmark.name == "mmlu" and config.subjects:

@@ -6,6 +6,7 @@ metric is its metric; a space on the wrong side shifts HellaSwag by points. Task
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from evaluation.rows import Location, Row
 from xmoe.errors import ConfigError
 
 Kind = Literal["choice", "cloze", "rolling", "generate"]
+
+HARNESS_SEED = 1234  # with which the harness draws few-shot examples unless told otherwise
 
 
 class Request(NamedTuple):
@@ -58,6 +61,7 @@ class Benchmark:
     """One benchmark. `build(row, shots)` gives requests, gold and so on; `shots` is the text before the row's own.
 
     shot: a few-shot example as text, or None where the benchmark is zero-shot only. shots_default: K when none is given.
+    shots_first: the examples are the first K of the row's group, not K drawn for each row.
     chance: accuracy of guessing.
     """
 
@@ -69,27 +73,44 @@ class Benchmark:
     build: Callable[[Row, str], dict[str, Any]]
     shot: Callable[[Row], str] | None = None
     shots_default: int = 0
+    shots_first: bool = False
     group: Callable[[Row], str] = lambda row: ""
     opening: Callable[[str], str] = lambda group: ""
     stop: tuple[str, ...] = ()
     max_new_tokens: int = 256
 
-    def few_shot_texts(self, rows: Sequence[Row], k: int) -> dict[str, str]:
-        """group -> the text of its first k few-shot rows (in file order: the convention of MMLU's dev split)."""
+    def few_shot(self, rows: Sequence[Row], k: int) -> Callable[[Row], str]:
+        """row -> the text of its k examples, taken from `rows`; to be asked for every row once, in file order.
+
+        MMLU has the first k of its subject before every question (`shots_first`). Elsewhere each row gets k of its own,
+        drawn one row after the other from one generator: the harness's draws, so the strings are its strings.
+        """
         by_group: dict[str, list[Row]] = {}
         for row in rows:
             by_group.setdefault(self.group(row), []).append(row)
-        texts = {}
         for group, members in by_group.items():
             if len(members) < k:
                 raise members[0].error(
                     f"only {len(members)} few-shot rows for {self.name} {group}".rstrip() + f"; expected {k}"
                 )
-            texts[group] = "".join(self.shot(row) + "\n\n" for row in members[:k])
-        return texts
+        if not self.shots_first:
+            generator, pool = random.Random(HARNESS_SEED), list(rows)
+            return lambda row: self._shots(generator.sample(pool, k))
+        texts = {group: self._shots(members[:k]) for group, members in by_group.items()}
 
-    def examples(self, rows: Sequence[Row], few_shot: dict[str, str] | None = None) -> list[Example]:
-        """All rows as examples, in order. `few_shot` comes from :meth:`few_shot_texts`."""
+        def of_group(row: Row) -> str:
+            group = self.group(row)
+            if group not in texts:
+                raise row.error(f"no few-shot rows for {self.name} {group}; expected them beside the test rows")
+            return texts[group]
+
+        return of_group
+
+    def _shots(self, rows: Sequence[Row]) -> str:
+        return "".join(self.shot(row) + "\n\n" for row in rows)
+
+    def examples(self, rows: Sequence[Row], few_shot: Callable[[Row], str] | None = None) -> list[Example]:
+        """All rows as examples, in order. `few_shot` comes from :meth:`few_shot`."""
         seen: dict[str, int] = {}
         examples = []
         for row in rows:
@@ -98,9 +119,7 @@ class Benchmark:
             seen[group] = number + 1
             shots = self.opening(group)
             if few_shot is not None:
-                if group not in few_shot:
-                    raise row.error(f"no few-shot rows for {self.name} {group}; expected them beside the test rows")
-                shots += few_shot[group]
+                shots += few_shot(row)
             name = f"{group}/{number}" if group else str(number)
             examples.append(Example(name=name, group=group, **self.build(row, shots)))
         return examples
@@ -343,6 +362,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             build=_mmlu,
             shot=_with_answer(_mmlu),
             shots_default=5,
+            shots_first=True,
             group=_mmlu_subject,
             opening=mmlu.description,
         ),

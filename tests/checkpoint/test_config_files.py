@@ -141,6 +141,65 @@ def test_uneven_experts():
         config_files.check_expressible(config, LAYOUTS["hf-bf16"])
 
 
+def block(experts: int, **changes) -> dict:
+    """One entry of `block_configs`, as NVIDIA's Puzzle writes it for GPT-OSS; `changes` go to the ffn."""
+    moe = {"num_local_experts": experts, "num_experts_per_tok": 4, "expert_intermediate_dim": 2880,
+           "shared_expert_intermediate_dim": 8192}  # fmt: skip
+    parts = {"no_op": False, "replace_with_linear": False, "sparsify": None, "weights_precision": "bf16"}
+    attention = {**parts, "num_key_value_heads": 8, "llama4": None, "mamba": None}
+    return {"attention": attention, "ffn": {**parts, "moe": moe, "intermediate_size": None, **changes}}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"per_layer_config": {"1": {"num_local_experts": 20}}},
+        {"per_layer_config": {"0": {"num_experts": 32, "head_dim": 64}, "1": {"num_experts": 20}}},
+        {"per_layer_config": {"0": {"num_experts": 32}, "1": {"num_experts": 20}}, "num_local_experts": None},
+        {"block_configs": [block(32), block(20)]},
+        {"num_local_experts": [32, 20]},
+        {"num_local_experts": None},  # nothing is said, so the weights alone decide
+    ],
+)
+def test_expert_counts_by_layer(changes):
+    config, extra = read(old(**changes), [32, 20])
+    assert config.num_experts == (32, 20) and config.num_experts_per_tok == 4
+    assert "per_layer_config" not in extra and "block_configs" not in extra, "they would contradict the next cut"
+    if changes != {"num_local_experts": None}:
+        with pytest.raises(CheckpointError, match=r"20 experts in layer 1 .* have 16 rows"):
+            read(old(**changes), [32, 16])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"per_layer_config": {"1": {"sliding_window": 64}}}, "layer 1 sliding_window '64'; only the number of experts"),
+        ({"per_layer_config": {"1": {"skip": ["mlp"]}}}, "layer 1 skip"),
+        ({"per_layer_config": {"2": {"num_local_experts": 16}}}, "no sense for layer 2 of 2"),
+        ({"per_layer_config": {"one": {"num_local_experts": 16}}}, "no sense for layer -1"),
+        ({"per_layer_config": {"1": 16}}, "no sense for layer 1"),
+        ({"per_layer_config": [16]}, "expected per_layer_config as an object"),
+        ({"per_layer_config": {"1": {"num_local_experts": "16"}}}, "says '16' experts in layer 1"),
+        ({"per_layer_config": {"1": {"num_experts": 16}}, "block_configs": [block(32), block(20)]}, "'20' experts in layer 1"),
+        ({"block_configs": [block(32)]}, "block_configs as a list of 2"),
+        ({"block_configs": [block(32), block(20, no_op=True)]}, "layer 1 no_op 'True'"),
+        ({"block_configs": [block(32), block(20, moe=None)]}, "no ffn.moe in layer 1"),
+        ({"block_configs": [block(32), "block"]}, "no ffn.moe in layer 1"),
+    ],
+)  # fmt: skip
+def test_layers_that_differ_in_more_than_experts_are_refused(changes, message):
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read(old(**changes), [32, 20])
+    assert "\n" not in str(caught.value)
+
+
+def test_the_end_of_generation(tmp_path):
+    assert config_files.end_tokens(tmp_path, {}) == frozenset()
+    assert config_files.end_tokens(tmp_path, {"eos_token_id": 7}) == {7}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [200002, 199999]}')
+    assert config_files.end_tokens(tmp_path, {"eos_token_id": 7}) == {200002, 199999}
+
+
 def test_what_a_layout_cannot_say():
     openai = LAYOUTS["openai"]
     for changes in ({"rms_norm_eps": 1e-6}, {"layer_types": (FULL, SLIDING) * 2}):

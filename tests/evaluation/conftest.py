@@ -52,7 +52,10 @@ ARC = [
         "answerKey": "1",
     },
 ]
-GSM8K = [{"question": "Two and two?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"}]
+GSM8K = [
+    {"question": f"{word} and two?", "answer": f"{n} + 2 = <<{n}+2={n + 2}>>{n + 2}\n#### {n + 2}"}
+    for n, word in enumerate(("Nought", "One", "Two", "Three", "Four", "Five"))
+]
 PAGES = [
     ' = Red Kite = \n \n The red kite ( Milvus milvus ) flies 1 @,@ 200 km ; it \'s a " large " bird . \n \n'
     " = = Range = = \n \n Wales . \n ",
@@ -89,8 +92,8 @@ def data_dir(tmp_path):
     jsonl("arc/ARC-Challenge-test.jsonl", ARC[:1])
     jsonl("arc/ARC-Easy-train.jsonl", ARC)
     jsonl("wikitext/test.jsonl", [{"page": page} for page in PAGES])
-    jsonl("gsm8k/test.jsonl", GSM8K)
-    jsonl("gsm8k/train.jsonl", GSM8K * 5)
+    jsonl("gsm8k/test.jsonl", GSM8K[2:3])
+    jsonl("gsm8k/train.jsonl", GSM8K)
     for split, first in (("dev", 100), ("test", 0)):
         for subject, count in SUBJECTS.items():
             path = root / "mmlu" / split / f"{subject}_{split}.csv"

@@ -12,7 +12,7 @@ from evaluation.harness import adapter, evaluate_with_harness, harness_metrics
 from evaluation.rows import load_rows
 from evaluation.scoring import Scorer
 from evaluation.settings import EvalConfig
-from evaluation.tasks import BENCHMARKS
+from evaluation.tasks import BENCHMARKS, HARNESS_SEED
 from xmoe.errors import ConfigError
 
 
@@ -33,6 +33,7 @@ def test_metrics_take_our_form():
     assert found["exact_match/strict-match"] == {"value": 0.5, "stderr": None, "ci95": None, "n": 8}
 
 
+SHOTS = {"gsm8k": 2, "arc_easy": 1}
 YAMLS = {
     "hellaswag": "hellaswag/hellaswag.yaml",
     "lambada": "lambada/lambada_openai.yaml",
@@ -56,7 +57,7 @@ def their_task(name: str, data_dir):
     split = config.get("test_split") or config["validation_split"]
     table = datasets.Dataset.from_list([{k: str(v) if k == "label" else v for k, v in r.fields.items()} for r in rows])
     shots = {}
-    if name == "gsm8k":
+    if name in SHOTS:
         shots["train"] = datasets.Dataset.from_list(
             [r.fields for r in load_rows(name, location, "fewshot", data_dir)[0]]
         )
@@ -66,14 +67,15 @@ def their_task(name: str, data_dir):
         "training_split": None,
         "validation_split": None if config.get("test_split") else split,
         "fewshot_split": "train" if shots else None,
-        "num_fewshot": 2 if shots else 0,
+        "num_fewshot": SHOTS.get(name, 0),
         "test_split": split if config.get("test_split") else None,
         "custom_dataset": lambda **_: datasets.DatasetDict({split: table} | shots),
     }
-    if shots:
+    if name == "gsm8k":
         config["generation_kwargs"] = config["generation_kwargs"] | {"max_gen_toks": 12}
-        config["fewshot_config"] = {"sampler": "first_n"}
-    return ConfigurableTask(config=config)
+    task = ConfigurableTask(config=config)
+    task.set_fewshot_seed(HARNESS_SEED)
+    return task
 
 
 THEIR_METRIC = {"exact_match": "exact_match,strict-match", "flexible_match": "exact_match,flexible-extract"}
@@ -98,7 +100,7 @@ def referee(model, tokenizer, data_dir, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", list(YAMLS))
 def test_our_numbers_are_the_harness_s(name, referee, model, tokenizer, data_dir):
     theirs = referee(name)
-    settings = {"num_fewshot": 2, "max_new_tokens": 12} if name == "gsm8k" else {}
+    settings = {"num_fewshot": SHOTS.get(name), "max_new_tokens": 12}
     ours = evaluate(model, tokenizer, name, data_dir=str(data_dir), max_length=512, **settings).results[name]
     compared = 0
     for metric, numbers in ours.items():

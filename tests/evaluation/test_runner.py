@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import evaluation.runner as runner
 from evaluation import evaluate
+from evaluation.chat_modes import end_tokens, plain_text
 from evaluation.progress import Progress
 from evaluation.runner import choose, load_examples
 from evaluation.scoring import Scorer
 from evaluation.settings import EvalConfig
 from evaluation.tasks import BENCHMARKS, Answer, Example, Request
+from xmoe.checkpoint.weights import Source
 from xmoe.data.tokenizer import Tokenizer
 from xmoe.errors import ConfigError, DataError
 
@@ -157,19 +160,40 @@ def test_a_benchmark_that_fails_leaves_the_others(model, tokenizer, data_dir, mo
 def test_gsm8k_is_generated_and_stops_where_it_should(model, tokenizer, data_dir, monkeypatch):
     seen = []
 
-    class Said:
-        text, ids = " 4\n#### 4\n\n", [1, 2]
+    # a special token is no text, and what stands behind the stop string was never asked for
+    ids = [*tokenizer.encode(" 4\n#### 4"), tokenizer.special("<|call|>"), *tokenizer.encode("\n\nQuestion: 7")]
 
     def generate(model, tokenizer, prompts, **settings):
         seen.append((prompts, settings))
-        return [Said() for _ in prompts]
+        return [SimpleNamespace(ids=ids) for _ in prompts]
 
     monkeypatch.setattr("evaluation.chat_modes.generate", generate)
-    report = evaluate(model, tokenizer, "gsm8k", data_dir=str(data_dir), num_fewshot=1, max_new_tokens=9)
+    said = []
+    report = evaluate(
+        model, tokenizer, "gsm8k", data_dir=str(data_dir), num_fewshot=1, max_new_tokens=9,
+        on_example=lambda benchmark, example, answers, values: said.extend(a.text for a in answers),
+    )  # fmt: skip
+    assert said == [" 4\n#### 4\n\n"]
     assert report.results["gsm8k"]["exact_match"]["value"] == 1.0
     ((prompts, settings),) = seen
-    assert tokenizer.decode(prompts[0]).endswith("#### 4\n\nQuestion: Two and two?\nAnswer:")
+    assert tokenizer.decode(prompts[0]).endswith("#### 5\n\nQuestion: Two and two?\nAnswer:")
     assert settings["temperature"] == 0.0 and settings["max_new_tokens"] == 9 and "Question:" in settings["stop"]
+    assert settings["stop_tokens"] == {tokenizer.eos_id}
+
+
+def test_generation_ends_where_the_checkpoint_says_too(model, tokenizer, tmp_path):
+    scorer = Scorer(model, tokenizer)
+    model.source = Source(tmp_path, {"eos_token_id": 7})
+    assert end_tokens(scorer) == {tokenizer.eos_id, 7}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 9]}')
+    assert end_tokens(scorer) == {tokenizer.eos_id, 5, 9}
+
+
+def test_half_a_character_at_the_end_shows(tokenizer):
+    ids = tokenizer.encode("so 4€")
+    assert plain_text(tokenizer, ids, ("Question:",)) == "so 4€"
+    assert plain_text(tokenizer, ids[:-1], ("Question:", "x")) == "so 4\ufffd"
+    assert plain_text(tokenizer, tokenizer.encode("a Q b STOP c Q"), ("STOP", "Q")) == "a "
 
 
 def test_gsm8k_for_real(model, tokenizer, data_dir):

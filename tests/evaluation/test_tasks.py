@@ -25,7 +25,7 @@ def examples_of(name: str, data_dir, shots: int = 0) -> list[Example]:
     rows, _ = load_rows(name, benchmark.location, "eval", data_dir)
     few = None
     if shots:
-        few = benchmark.few_shot_texts(load_rows(name, benchmark.location, "fewshot", data_dir)[0], shots)
+        few = benchmark.few_shot(load_rows(name, benchmark.location, "fewshot", data_dir)[0], shots)
     return benchmark.examples(wikitext_pages(rows) if benchmark.kind == "rolling" else rows, few)
 
 
@@ -65,10 +65,23 @@ def test_arc_takes_any_number_of_choices_and_numbers_as_keys(data_dir):
     assert first.requests[2] == ("Question: Which of these is a mammal?\nAnswer:", " gecko")
     assert (first.gold, second.gold, len(second.requests)) == (1, 0, 5)
     assert len(examples_of("arc_challenge", data_dir)) == 1
-    shot = examples_of("arc_easy", data_dir, shots=1)[1]
-    assert shot.requests[0].context == (
-        "Question: Which of these is a mammal?\nAnswer: whale\n\nQuestion: What melts ice?\nAnswer:"
-    )
+
+
+def test_each_row_gets_examples_of_its_own_from_one_generator(data_dir):
+    questions = {
+        "mammal": "Question: Which of these is a mammal?\nAnswer: whale\n\n",
+        "ice": "Question: What melts ice?\nAnswer: heat\n\n",
+    }
+    # random.Random(1234): sample([0, 1], 1) gives 1, then 0; sample([0, 1], 2) gives [1, 0], then [0, 1]
+    for shots, drawn in ((1, (["ice"], ["mammal"])), (2, (["ice", "mammal"], ["mammal", "ice"]))):
+        examples = examples_of("arc_easy", data_dir, shots=shots)
+        assert [e.requests[0].context for e in examples] == [
+            "".join(questions[name] for name in names) + own
+            for names, own in zip(
+                drawn,
+                ("Question: Which of these is a mammal?\nAnswer:", "Question: What melts ice?\nAnswer:"),
+            )
+        ]
 
 
 def test_mmlu_prompt_with_and_without_examples(data_dir):
@@ -95,8 +108,11 @@ def test_mmlu_takes_the_hub_layout_too():
 
 def test_gsm8k_prompt_and_exact_match(data_dir):
     (example,) = examples_of("gsm8k", data_dir, shots=2)
-    shot = "Question: Two and two?\nAnswer: 2 + 2 = <<2+2=4>>4\n#### 4\n\n"
-    assert example.requests[0].context == shot * 2 + "Question: Two and two?\nAnswer:"
+    shots = (
+        "Question: Three and two?\nAnswer: 3 + 2 = <<3+2=5>>5\n#### 5\n\n"
+        "Question: Nought and two?\nAnswer: 0 + 2 = <<0+2=2>>2\n#### 2\n\n"
+    )
+    assert example.requests[0].context == shots + "Question: Two and two?\nAnswer:"
     score = BENCHMARKS["gsm8k"].score
     assert score(example, [Answer(text=" It is 2+2.\n#### 4")]) == {
         "exact_match": 1,

@@ -30,6 +30,7 @@ class Plan:
         value: native name -> its tensor or packed weight; called once to plan and once to write.
         biases: native names of balancing biases, which only the native layout can keep.
         dtype: of what is not packed; None keeps it in the native layout and means bfloat16 elsewhere.
+        encode: how dense experts become MXFP4, where the layout packs.
 
     Raises:
         ConfigError: the layout cannot express the model.
@@ -42,6 +43,7 @@ class Plan:
         value: Callable[[str], Tensor | PackedWeight],
         biases: list[str],
         dtype: torch.dtype | None,
+        encode: Callable[[Tensor], PackedWeight] = PackedWeight.encode,
     ):
         config_files.check_expressible(config, layout)
         native = layout.name == "native"
@@ -55,7 +57,7 @@ class Plan:
         self.config = dataclasses.replace(config, tie_word_embeddings=False) if self.tied else config
         self.layout = layout
         self.dtype = dtype if native or dtype is not None else torch.bfloat16
-        self._value = value
+        self._value, self._encode = value, encode
         self._rules = [*layout.rules(self.config), *(Rule(name, (name,)) for name in biases)]
         self.tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for rule in self._rules:
@@ -99,7 +101,7 @@ class Plan:
                 dense = value.decode([expert], self.dtype or torch.bfloat16)
             else:
                 dense = value[expert : expert + 1]
-            yield PackedWeight.encode(dense, "mxfp4") if rule.kind == "packed" else dense
+            yield self._encode(dense) if rule.kind == "packed" else dense
 
 
 def write_small_files(

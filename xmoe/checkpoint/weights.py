@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from xmoe.checkpoint import export, sidecars
+from xmoe.checkpoint import adapters, export, sidecars
 from xmoe.checkpoint.layouts import LAYOUTS, SELECTION_BIAS, native_shapes
 from xmoe.checkpoint.opened import Checkpoint
 from xmoe.checkpoint.shards import ALIGNMENT
@@ -46,6 +46,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "auto",
     experts: str = "mxfp4",
+    adapter: str | Path | None = None,
 ) -> tuple[Transformer, Tokenizer | None]:
     """Open a checkpoint of any layout as a model, with its tokenizer (None where it has none).
 
@@ -55,9 +56,10 @@ def load(
         dtype: of everything that is not packed; "auto" keeps what is stored (float16 becomes float32).
         experts: "mxfp4" leaves packed experts as they are stored, whatever the format, and dense ones dense;
             "dense" decodes packed ones to `dtype`.
+        adapter: a folder with an adapter of this model (:mod:`xmoe.checkpoint.adapters`), to be attached.
 
     Raises:
-        CheckpointError: see :class:`~xmoe.checkpoint.opened.Checkpoint`.
+        CheckpointError: see :class:`~xmoe.checkpoint.opened.Checkpoint`; an adapter of another model.
         ConfigError: float16, an unknown device or an unknown choice.
     """
     device, wanted, decode = _choices(device, dtype, experts)
@@ -73,6 +75,9 @@ def load(
         _place_selection_bias(checkpoint, layer, block, device)
     assert not any(t.is_meta for t in model.state_dict().values())
     model.source = Source(checkpoint.folder, checkpoint.extra)
+    if adapter is not None:
+        adapters.load(model, adapter)
+    _prepare(model, device)
     return model.eval(), tokenizer
 
 
@@ -96,6 +101,7 @@ def stream_layers(
             if name.startswith(prefix):
                 _place(block, name.removeprefix(prefix), _materialize(checkpoint, name, device, wanted, decode))
         _place_selection_bias(checkpoint, layer, block, device)
+        _prepare(block, device)
         yield block.eval()
         del block
         checkpoint.reader.release()  # else the pages of all layers read so far would stay in memory
@@ -140,7 +146,8 @@ def _materialize(
     if not isinstance(value, PackedWeight):
         return _aligned(value.to(device=device, dtype=dtype or _kept(value.dtype)).contiguous())
     if not decode:
-        return value.to(device)
+        # factors are plain matrices; integers and their scales are as they are
+        return value.to(device, dtype=dtype if value.format == "low-rank" else None)
     target = dtype or _kept(checkpoint.tensor_dtype())
     if device.type == "mps":  # decode on the CPU: the lookup needs integer types that MPS has only in part
         return value.decode(dtype=target).to(device)
@@ -170,6 +177,18 @@ def _place(root: nn.Module, name: str, value: Tensor | PackedWeight) -> None:
         module.pack(leaf, value)
     else:
         setattr(module, leaf, nn.Parameter(value))
+
+
+def _prepare(module: nn.Module, device: torch.device) -> None:
+    """Put packed experts into the order of the CUDA kernels, now and in place: at first use it would be a second copy.
+
+    Their bytes in a saved checkpoint stay the same. Nowhere but on CUDA is any of this imported.
+    """
+    if device.type == "cuda" and any(isinstance(m, PackedWeight) for m in module.modules()):
+        from xmoe.kernels.cuda import backend
+
+        if backend.reason(device, torch.bfloat16) is None:
+            backend.prepare(module)
 
 
 def _place_selection_bias(checkpoint: Checkpoint, layer: int, block: Block, device: torch.device) -> None:
@@ -234,16 +253,28 @@ def convert(
     layout: str,
     dtype: str | torch.dtype = "auto",
     overwrite: bool = False,
+    adapter: str | Path | None = None,
 ) -> Path:
     """Write a checkpoint in another layout (or the same) without ever holding more than one expert's decoded weights.
 
-    MXFP4 blocks and scales keep their bytes wherever both layouts have them. Arguments are those of :func:`save`.
+    MXFP4 blocks and scales keep their bytes wherever both layouts have them. Arguments are those of :func:`save`; with
+    an `adapter` of this checkpoint its changes are added to the weights, experts that have one are rounded to MXFP4
+    again where the layout packs and dense where it does not, and merge.json says what rounding did to them.
     """
     checkpoint = Checkpoint(path)
+    if adapter is None:
+        merge, value = None, checkpoint.weight
+    else:
+        merge = adapters.Merge(adapters.read(adapter, checkpoint.config, checkpoint.weight), checkpoint.config)
+        types = checkpoint.tensor_dtype(), _choices("cpu", dtype, "dense")[1]
+
+        def value(name: str) -> Tensor | PackedWeight:
+            return merge.value(name, checkpoint.weight(name), *types)
+
     biases = [SELECTION_BIAS.format(i=i) for i in range(checkpoint.config.num_hidden_layers)]
     return _write(
         checkpoint.config,
-        checkpoint.weight,
+        value,
         [name for name in biases if name in checkpoint.reader],
         folder,
         layout,
@@ -252,6 +283,7 @@ def convert(
         tokenizer=None,
         extra=checkpoint.extra,
         source=checkpoint.folder,
+        merge=merge,
     )
 
 
@@ -267,15 +299,19 @@ def _write(
     tokenizer: Tokenizer | None,
     extra: Mapping[str, Any],
     source: Path | None,
+    merge: adapters.Merge | None = None,
 ) -> Path:
     if layout not in LAYOUTS:
         raise ConfigError(f"unknown layout {layout!r}; choose {', '.join(LAYOUTS)}")
     _, wanted, _ = _choices("cpu", dtype, "dense")
-    plan = export.Plan(config, LAYOUTS[layout], value, biases, wanted)
+    encode = {} if merge is None else {"encode": merge.encode}
+    plan = export.Plan(config, LAYOUTS[layout], value, biases, wanted, **encode)
     with new_folder(folder, overwrite=overwrite) as partial:
         with _progress("writing", plan.total_bytes) as bar:
             plan.write(partial, bar.update)
         export.write_small_files(partial, plan, tokenizer, extra, source)
+        if merge is not None:
+            merge.write(partial)
     return Path(folder)
 
 

@@ -8,7 +8,7 @@ the weight's do.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from xmoe.errors import ConfigError
 from xmoe.kernels import dispatch
 from xmoe.kernels.adapter import Adapter
+from xmoe.quantization.packed import PackedWeight
 
 # group -> the weights it adapts, by their names in a block, and where each one's adapter stands
 GROUPS: dict[str, dict[str, str]] = {
@@ -27,6 +28,7 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "router": {"moe.router.weight": "moe.router.adapter"},
 }
+_HOME = {weight: adapter for weights in GROUPS.values() for weight, adapter in weights.items()}
 
 
 class LoRA(nn.Module):
@@ -78,27 +80,22 @@ class Settings(NamedTuple):
         return self.alpha / (rank**0.5 if self.rslora else rank)
 
 
-class Place(NamedTuple):
-    """Where an adapter stands, or may stand: native name of the weight, the module that holds it, the attribute, the rank."""
+def adapted(settings: Settings, layers: int) -> dict[str, int]:
+    """Native name of every weight that gets an adapter in a model of so many layers, and the rank.
 
-    weight: str
-    owner: nn.Module
-    attribute: str
-    rank: int
-
-
-def places(model: nn.Module, settings: Settings) -> Iterator[Place]:
-    """All that `settings` ask for, first layer to last. ConfigError for a layer that the model has not."""
-    count = len(model.blocks)
-    layers = range(count) if settings.layers is None else settings.layers
-    if beyond := [i for i in layers if not 0 <= i < count]:
-        raise ConfigError(f"adapters are asked for in layer {beyond[0]}; the model has layers 0 to {count - 1}")
-    for i in sorted(layers):
-        for group, weights in GROUPS.items():
-            for weight, adapter in weights.items():
-                if rank := settings.ranks.get(group, 0):
-                    owner, _, attribute = adapter.rpartition(".")
-                    yield Place(f"blocks.{i}.{weight}", model.blocks[i].get_submodule(owner), attribute, rank)
+    Raises:
+        ConfigError: the settings name a layer that the model has not.
+    """
+    chosen = range(layers) if settings.layers is None else sorted(settings.layers)
+    if beyond := [i for i in chosen if not 0 <= i < layers]:
+        raise ConfigError(f"adapters are asked for in layer {beyond[0]}; the model has layers 0 to {layers - 1}")
+    return {
+        f"blocks.{i}.{weight}": settings.ranks[group]
+        for i in chosen
+        for group, weights in GROUPS.items()
+        for weight in weights
+        if settings.ranks.get(group, 0)
+    }
 
 
 def attach(model: nn.Module, settings: Settings) -> dict[str, LoRA]:
@@ -110,12 +107,20 @@ def attach(model: nn.Module, settings: Settings) -> dict[str, LoRA]:
     if adapters(model):
         raise ConfigError("the model has adapters already; merge() them into the weights, or detach() them")
     found: dict[str, LoRA] = {}
-    for place in places(model, settings):
-        weight = getattr(place.owner, place.weight.rpartition(".")[2])
-        lora = LoRA(tuple(weight.shape), place.rank, settings.scale(place.rank), weight.device)
-        setattr(place.owner, place.attribute, lora)
-        found[place.weight] = lora
+    for name, rank in adapted(settings, len(model.blocks)).items():
+        _, layer, rest = name.split(".", 2)
+        owner, _, attribute = _HOME[rest].rpartition(".")
+        owner, weight = model.blocks[int(layer)].get_submodule(owner), weight_of(model, name)
+        lora = LoRA(tuple(weight.shape), rank, settings.scale(rank), weight.device)
+        setattr(owner, attribute, lora)
+        found[name] = lora
     return found
+
+
+def weight_of(model: nn.Module, name: str) -> Tensor | PackedWeight:
+    """The weight of this native name, dense or packed."""
+    owner, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(owner), leaf)
 
 
 def detach(model: nn.Module) -> None:
@@ -128,6 +133,6 @@ def detach(model: nn.Module) -> None:
 
 def adapters(model: nn.Module) -> dict[str, LoRA]:
     """Native name of the weight -> its adapter, for all that the model has."""
-    known = {adapter: weight for weights in GROUPS.values() for weight, adapter in weights.items()}
-    found = {name: module for name, module in model.named_modules() if isinstance(module, LoRA)}
-    return {f"blocks.{i}.{known[rest]}": m for n, m in found.items() for _, i, rest in [n.split(".", 2)]}
+    weight_at = {adapter: weight for weight, adapter in _HOME.items()}
+    found = [(name.split(".", 2), module) for name, module in model.named_modules() if isinstance(module, LoRA)]
+    return {f"blocks.{layer}.{weight_at[rest]}": module for (_, layer, rest), module in found}

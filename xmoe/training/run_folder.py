@@ -2,6 +2,7 @@
 
 checkpoints/NAME/
     config.json  model*.safetensors  tokenizer.json     the newest save, as every command takes it
+    adapter.json  adapter.safetensors                   in their place where a run trains adapters beside another model
     run.yaml                                            the resolved config; can be run again
     metrics.jsonl                                       one line a log window, one a validation pass
     train_state/step-N/                                 the newest resume points
@@ -50,8 +51,12 @@ def check_output(folder: Path, config, resume: bool, overwrite: bool) -> int:
             f"{folder} is no run folder (it has no {CONFIG}); give --output the folder of the run to resume"
         )
     before = load_config(type(config), folder / CONFIG)
-    for section in ("model", "data", "optim"):
-        was, now = to_dict(getattr(before, section)), to_dict(getattr(config, section))
+    if before.train.init_from != config.train.init_from or (before.lora is None) != (config.lora is None):
+        raise ConfigError(
+            f"the run in {folder} began {_beginning(before)} and cannot go on {_beginning(config)}; start a new --output"
+        )
+    for section in ("model", "data", "optim", "lora"):
+        was, now = to_dict(getattr(before, section)) or {}, to_dict(getattr(config, section)) or {}
         changed = [f"{section}.{key} was {was[key]!r}, is {now[key]!r}" for key in was if was[key] != now[key]]
         if changed:
             raise ConfigError(
@@ -63,9 +68,14 @@ def check_output(folder: Path, config, resume: bool, overwrite: bool) -> int:
     return steps[-1] if steps else 0
 
 
+def _beginning(config) -> str:
+    what = "from random weights" if config.train.init_from is None else f"from {config.train.init_from}"
+    return what + (" with adapters" if config.lora else "")
+
+
 def check_disk(folder: Path, model: nn.Module, optimizer: str, saves: int) -> None:
     """Say now, not in an hour, that the disk is too small for `saves` resume points at a time and one in the making."""
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     each = parameters * 4 * (2 if optimizer == "muon" else 3)  # weights and one momentum, or two, in float32
     need = (saves + 1) * each
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())

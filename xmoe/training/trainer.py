@@ -24,15 +24,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from xmoe import device as devices
-from xmoe.checkpoint import train_state, weights
+from xmoe.checkpoint import adapters, sidecars, train_state, weights
+from xmoe.checkpoint.opened import Checkpoint
 from xmoe.config import load_config, to_dict
 from xmoe.data.stream import DataConfig, load_data
-from xmoe.data.tokenizer import check_vocabulary
+from xmoe.data.tokenizer import Tokenizer, check_vocabulary
 from xmoe.errors import ConfigError
 from xmoe.kernels import dispatch
+from xmoe.model.adapter import adapted
 from xmoe.model.config import ModelConfig
 from xmoe.model.perplexity import bits_per_byte, mean_loss, perplexity
 from xmoe.model.transformer import Transformer, build
+from xmoe.training.adapters import LoRAConfig, add_adapters
 from xmoe.training.effort import EffortSampler
 from xmoe.training.guard import Guard, gradient_norms
 from xmoe.training.interrupt import Interruption
@@ -50,6 +53,7 @@ class TrainConfig:
     steps: int = 1000
     micro_batch: int = 8  # sequences in one forward pass
     grad_accum: int = 1  # forward passes in one step
+    init_from: str | None = None  # a checkpoint (folder or hub name) to start from: its shape, weights and tokenizer
     seed: int = 0
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16: autocast, weights stay float32
@@ -69,6 +73,10 @@ class TrainConfig:
     spike_nats: float = 2.0  # stop when a step's loss lies this far above its running average; 0: never
 
     ALIASES: ClassVar[dict[str, str]] = {
+        "init_checkpoint": "init_from",
+        "pretrained": "init_from",
+        "checkpoint": "init_from",
+        "model_name_or_path": "init_from",
         "max_steps": "steps",
         "max_iters": "steps",
         "num_steps": "steps",
@@ -106,15 +114,34 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything a run is made from; `run.yaml` in a run folder is one of these, resolved."""
+    """Everything a run is made from; `run.yaml` in a run folder is one of these, resolved.
 
-    model: ModelConfig
+    Without a `model` section the shape is that of `train.init_from`. With a `lora` section that model stays as it is, and
+    adapters beside it are trained and saved.
+    """
+
+    model: ModelConfig | None = None
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    lora: LoRAConfig | None = None
 
     def __post_init__(self) -> None:
+        if self.model is None:
+            if self.train.init_from is None:
+                raise ConfigError(
+                    "model is missing: a section with a preset or with sizes, or a checkpoint in train.init_from"
+                )
+            object.__setattr__(self, "model", Checkpoint(self.train.init_from).config)
+        if self.lora is not None and self.train.init_from is None:
+            raise ConfigError(
+                "lora trains adapters beside a model that is there; name its checkpoint in train.init_from"
+            )
+        if self.lora is not None and self.train.selection_bias_rate:
+            raise ConfigError("train.selection_bias_rate would change the model that lora leaves as it is; set it to 0")
+        if self.lora is not None:
+            adapted(self.lora.settings, self.model.num_hidden_layers)  # says which layer is not there
         longest, table = self.model.max_position_embeddings, self.model.reasoning_effort
         if self.data.seq_len > longest:
             raise ConfigError(
@@ -194,7 +221,7 @@ class Trainer:
         self.resume_step = check_output(self.output, config, resume, overwrite)
 
         devices.seed_everything(config.train.seed + devices.rank())
-        self.data = load_data(config.data)
+        self.data = load_data(config.data, self._tokenizer())
         check_vocabulary(self.data.tokenizer, config.model.vocab_size)
         ranks = {"rank": devices.rank(), "world_size": devices.world_size()}
         self.batches = self.data.train_batches(config.train.micro_batch, seed=config.train.seed, **ranks)
@@ -337,8 +364,12 @@ class Trainer:
             "guard": self.guard.state_dict(),
             "selection_bias": self.bias.state_dict() if self.bias else None,
         }
+        lora, base = self.config.lora, self.config.train.init_from
         with train_state.new_resume_point(self.output, done, state, self.config.train.keep_saves) as folder:
-            weights.save(self.model, folder, layout="native", tokenizer=self.data.tokenizer)
+            if lora:
+                adapters.save(self.model, folder, lora.settings, base=base, command="scripts/train.py")
+            else:
+                weights.save(self.model, folder, layout="native", tokenizer=self.data.tokenizer)
         train_state.publish(self.output, done)
 
     def describe(self) -> list[str]:
@@ -354,6 +385,11 @@ class Trainer:
             f"run: {train.steps} steps of {batch:,} tokens on {self.device} in {str(self.dtype).removeprefix('torch.')} "
             f"-> {self.output}",
         ]
+        if train.init_from:
+            trained = sum(p.numel() for p in self.optimizer.parameters)
+            ranks = ", ".join(f"{g} {r}" for g, r in self.config.lora.rank.items() if r) if self.config.lora else ""
+            what = f"adapters of rank {ranks}: {trained / 1e6:.2f} M parameters beside" if ranks else "starting from"
+            lines.append(f"{what} {train.init_from}" + (", which stays as it is" if ranks else ""))
         lines += dispatch.describe(self.device, self.dtype).splitlines()
         if self.resume_step:
             lines.append(f"resuming after step {self.resume_step}")
@@ -366,15 +402,52 @@ class Trainer:
     def _autocast(self):
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
+    def _tokenizer(self) -> Tokenizer | None:
+        """That of the checkpoint the run starts from, where it has one."""
+        if self.config.train.init_from is None:
+            return None
+        checkpoint = Checkpoint(self.config.train.init_from)
+        return sidecars.load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
+
     def _model(self) -> Transformer:
-        model = build(self.config.model, self.device, torch.float32, self.config.train.seed)
-        if self.resume_step:
-            folder = train_state.step_folder(self.output, self.resume_step)
-            saved, _ = weights.load(folder, device=self.device, dtype="float32")
+        config, source = self.config, self.config.train.init_from
+        saved = train_state.step_folder(self.output, self.resume_step) if self.resume_step else None
+        if config.lora:  # what stays as it is stays as it is stored, packed experts too, unless fp32 is asked for
+            dtype = "float32" if self.dtype == torch.float32 else "auto"
+            model = self._open(source, dtype=dtype)
+            self._check_shape(model)
+            add_adapters(model, config.lora, config.train.seed)
+            if saved:
+                adapters.restore(model, saved)
+            return model
+        model = build(config.model, self.device, torch.float32, config.train.seed)
+        if saved or source:
+            start = self._open(saved or source, dtype="float32", experts="dense")
+            if not saved:
+                self._check_shape(start)
             # Copied, not adopted: a tensor inside a mapped file may start at an odd address, and matrix products then add up
             # in another order than they did before the save.
-            model.load_state_dict(saved.state_dict())
+            model.load_state_dict(start.state_dict())
+            for block, other in zip(model.blocks, start.blocks):
+                block.moe.router.selection_bias = other.moe.router.selection_bias
+            if (
+                source
+            ):  # what else stands beside its weights comes along; the run folder has it once something was saved
+                folder = self.output if saved else start.source.folder
+                model.source = start.source._replace(folder=folder)
         return model
+
+    def _open(self, folder: str | Path, **how: str) -> Transformer:
+        return weights.load(folder, device=self.device, **how)[0]
+
+    def _check_shape(self, start: Transformer) -> None:
+        if start.config != self.config.model:
+            was, now = to_dict(start.config), to_dict(self.config.model)
+            key = next(key for key in was if was[key] != now[key])
+            raise ConfigError(
+                f"{self.config.train.init_from} has {key} {was[key]!r} and the model section says {now[key]!r}; "
+                "leave that section out"
+            )
 
     def _effort(self) -> EffortSampler | None:
         train, model = self.config.train, self.config.model

@@ -50,6 +50,8 @@ class DecodeStep:
         for i, block in enumerate(model.blocks):
             if block.moe.router.selection_bias is not None:
                 raise ConfigError(f"layer {i}'s router has a selection bias; the decode step chooses by logits alone")
+        if any(name.endswith("adapter") for name, _ in model.named_modules()):
+            raise ConfigError("the decode step knows no adapters; merge them into the weights first")
         weight = model.embed.weight
         self.tokens = torch.zeros(batch, dtype=torch.int64, device=weight.device)
         self.positions = torch.zeros_like(self.tokens)

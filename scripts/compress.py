@@ -17,8 +17,14 @@ EXAMPLE = """python scripts/compress.py record --checkpoint checkpoints/light --
 def main(argv: list[str] | None = None) -> int:
     p = command.parser(__doc__, EXAMPLE)
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (flags, _) in COMMANDS.items():
-        sub = commands.add_parser(name, help=flags.__doc__, description=flags.__doc__)
+    for name, (flags, _, example) in COMMANDS.items():
+        sub = commands.add_parser(
+            name,
+            help=flags.__doc__,
+            description=flags.__doc__,
+            epilog=f"example:\n  python scripts/compress.py {name} {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         command.add_common(sub, checkpoint=False)
         flags(sub)
     args = p.parse_args(argv)
@@ -43,37 +49,74 @@ def add_output(p: argparse.ArgumentParser, metavar: str) -> None:
     p.add_argument("--overwrite", action="store_true", help="replace what stands at --output")
 
 
-def add_data(p: argparse.ArgumentParser, tokens: int) -> None:
+def add_data(p: argparse.ArgumentParser, tokens: int, required: bool = True) -> None:
     p.add_argument(
-        "--data", required=True, metavar="SOURCE[,...]", help="python, a .txt or .jsonl file, a folder, or a hub name"
+        "--data",
+        required=required,
+        metavar="SOURCE[,...]",
+        help="python, a .txt or .jsonl file, a folder, or a hub name",
     )
     p.add_argument("--tokens", type=int, default=tokens, metavar="N", help=f"tokens to read (default: {tokens:,})")
     p.add_argument("--seq-len", type=int, default=512, metavar="S", help="tokens a row (default: 512)")
     p.add_argument("--batch-size", type=int, default=4, metavar="B", help="rows at a time (default: 4)")
 
 
-def add_plan(p: argparse.ArgumentParser, required: bool) -> None:
-    p.add_argument("--stats", metavar="STATS[,...]", help="what `record` or `import` wrote; several are added up")
-    p.add_argument("--criterion", default="reap", metavar="NAME", help="who is worth keeping (default: reap)")
-    p.add_argument("--keep", metavar="N|FRACTION", help="experts of each layer that stay: 16, or 0.5")
-    p.add_argument("--budget", default="uniform", metavar="uniform|global|sensitivity", help="how layers share")
+def add_config(p: argparse.ArgumentParser) -> None:
     p.add_argument(
-        "--protect", default="", metavar="L:E,...", help="keep these whatever their score (E: in all layers)"
+        "--config", metavar="FILE.yaml", help="a recipe, such as those in configs/compress; flags override it"
     )
-    p.add_argument("--remove", default="", metavar="E,...", help="drop these whatever their score (E or L:E)")
+    command.add_set(p)
+
+
+def add_record(p: argparse.ArgumentParser) -> None:
+    """Flags that stand in for fields of RecordConfig; not given is None."""
+    p.add_argument("--data", metavar="SOURCE[,...]", help="python, a .txt or .jsonl file, a folder, or a hub name")
+    p.add_argument("--tokens", type=int, metavar="N", help="tokens to read (default: 100,000)")
+    p.add_argument("--seq-len", type=int, metavar="S", help="tokens a row (default: 512)")
+    p.add_argument("--batch-size", type=int, metavar="B", help="rows at a time (default: 4)")
+    p.add_argument("--domain", metavar="NAME", help="what the text is, in a word (default: its name)")
+    p.add_argument("--sample", type=int, metavar="N", help="also keep N tokens' inputs, for reconstruction and merging")
+    p.add_argument(
+        "--generate", action="store_true", default=None, help="let the model answer each row, and record that too"
+    )
+    p.add_argument("--new-tokens", type=int, metavar="N", help="with --generate: length of an answer (default: 128)")
+
+
+def add_plan(p: argparse.ArgumentParser) -> None:
+    """Flags that stand in for fields of PlanConfig; not given is None."""
+    p.add_argument("--stats", metavar="STATS[,...]", help="what `record` or `import` wrote; several are added up")
+    p.add_argument("--criterion", metavar="NAME", help="who is worth keeping (default: reap)")
+    p.add_argument("--keep", metavar="N|FRACTION", help="experts of each layer that stay: 16, or 0.5")
+    p.add_argument("--budget", metavar="uniform|global|sensitivity", help="how layers share (default: uniform)")
+    p.add_argument("--protect", metavar="L:E,...", help="keep these whatever their score (E: in all layers)")
+    p.add_argument("--remove", metavar="E,...", help="drop these whatever their score (E or L:E)")
     p.add_argument("--ranking", metavar="FILE.json", help='for --criterion ranking: {"layer_0": [best, ...], ...}')
-    p.add_argument("--no-guard", action="store_true", help="do not protect super experts")
+    p.add_argument("--no-guard", dest="guard", action="store_false", default=None, help="do not protect super experts")
 
 
-def data_batches(args: argparse.Namespace, tokenizer, seq_len: int | None = None):
-    from xmoe.data.calibration import batches
+def settings(args: argparse.Namespace):
+    """The recipe that --config, --set and flags ask for, later ones winning."""
+    from xmoe.compression.recipe import CompressConfig, read_places, with_flags
+    from xmoe.config import load_config
+
+    recipe = load_config(CompressConfig, args.config, args.set)
+    flags = dict(vars(args))
+    for name in ("protect", "remove"):
+        if isinstance(flags.get(name), str):
+            flags[name] = read_places(flags[name], name)
+    return CompressConfig(with_flags(recipe.record, flags), with_flags(recipe.plan, flags))
+
+
+def data_batches(args, tokenizer, folder=None, prompts: bool = False):
+    """Batches of what `args` (flags, or a RecordConfig) names; the model's folder tells whether it was taught Harmony."""
+    from xmoe.compression.calibration import calibration
     from xmoe.errors import DataError
+    from xmoe.generation.harmony import speaks_harmony
 
     if tokenizer is None:
-        raise DataError(f"{args.checkpoint} has no tokenizer, so text cannot be read; put a tokenizer.json beside it")
-    return batches(
-        args.data, tokenizer, seq_len=seq_len or args.seq_len, tokens=args.tokens, batch_size=args.batch_size
-    )
+        raise DataError("the checkpoint has no tokenizer, so text cannot be read; put a tokenizer.json beside it")
+    sizes = {"seq_len": args.seq_len, "tokens": args.tokens, "batch_size": args.batch_size}
+    return calibration(args.data, tokenizer, harmony=speaks_harmony(tokenizer, folder), prompts=prompts, **sizes)
 
 
 def device_and_dtype(args: argparse.Namespace):
@@ -101,57 +144,75 @@ def load_stats(text: str):
     return first
 
 
-def amount(text: str | None) -> int | float | None:
+def amount(text: str) -> int | float:
     """16 -> 16, 0.5 -> 0.5."""
-    from xmoe.errors import ConfigError
+    from xmoe.compression.recipe import PlanConfig
 
-    try:
-        return None if text is None else int(text) if text.lstrip("+-").isdigit() else float(text)
-    except ValueError:
-        raise ConfigError(f"--keep {text}: expected a count (16) or a share between 0 and 1 (0.5)") from None
+    return PlanConfig(keep=text).amount
 
 
 def places(text: str, layers: int, flag: str) -> list[tuple[int, int]]:
     """`3:7` is expert 7 of layer 3, `7` is expert 7 of all layers."""
-    from xmoe.errors import ConfigError
+    from xmoe.compression.recipe import places as resolved
+    from xmoe.compression.recipe import read_places
 
-    found = []
-    for part in filter(None, text.split(",")):
-        layer, colon, expert = part.rpartition(":")
-        try:
-            found += [(int(layer), int(expert))] if colon else [(i, int(expert)) for i in range(layers)]
-        except ValueError:
-            raise ConfigError(f"--{flag} {part}: expected LAYER:EXPERT or EXPERT, such as 3:7") from None
-    return found
+    return resolved(read_places(text, flag), layers)
 
 
-def plan_from(args: argparse.Namespace, checkpoint: str | None):
-    """The plan that the flags ask for; the weights are opened only for criteria that look at them."""
+def recorded(args: argparse.Namespace, recipe):
+    """Statistics of what the recipe's `record` section names, one layer in memory at a time unless answers are wanted."""
     from xmoe.checkpoint.weights import load
-    from xmoe.compression.criteria import RECONSTRUCTION, WEIGHTS, criterion_name
+    from xmoe.compression.calibration import with_answers
+    from xmoe.compression.routing import record_checkpoint, record_routing
+
+    device, dtype = device_and_dtype(args)
+    options = {"domain": recipe.domain or recipe.data, "sample": recipe.sample, "seed": args.seed}
+    checkpoint, tokenizer = tokenizer_of(args.checkpoint)
+    text = data_batches(recipe, tokenizer, checkpoint.folder, prompts=recipe.generate)
+    if not recipe.generate:
+        return record_checkpoint(checkpoint, text, device=device, dtype=dtype, **options)
+    model, _ = load(args.checkpoint, device, dtype)
+    ends = [tokenizer.special("<|return|>"), tokenizer.special("<|call|>"), tokenizer.eos_id]
+    ends = [i for i in ends if i is not None]
+    return record_routing(model, with_answers(model, text, recipe.new_tokens, args.seed, ends), **options)
+
+
+def plan_from(args: argparse.Namespace):
+    """The plan that flags and recipe ask for; the weights are opened only for criteria that look at them.
+
+    Where there are no statistics and the criterion needs some, they are recorded as the recipe says.
+    """
+    from xmoe.checkpoint.weights import load
+    from xmoe.compression.criteria import ACTIVATION, RECONSTRUCTION, WEIGHTS
     from xmoe.compression.fingerprint import load_ranking
     from xmoe.compression.plan import plan_pruning
+    from xmoe.compression.recipe import places as resolved
     from xmoe.errors import ConfigError
 
-    criterion = criterion_name(args.criterion)
+    recipe = settings(args)
+    chosen = recipe.plan
+    needs_text = chosen.criterion in (*ACTIVATION, *RECONSTRUCTION) or chosen.budget == "sensitivity"
     stats = load_stats(args.stats) if args.stats else None
+    if stats is None and needs_text and args.checkpoint and recipe.record.data:
+        stats = recorded(args, recipe.record)
+    looks_at_weights = chosen.criterion in (*WEIGHTS, *RECONSTRUCTION) or chosen.budget == "sensitivity"
     model = None
-    if checkpoint and (stats is None or criterion in (*WEIGHTS, *RECONSTRUCTION) or args.budget == "sensitivity"):
+    if args.checkpoint and (stats is None or looks_at_weights):
         device, dtype = device_and_dtype(args)
-        model, _ = load(checkpoint, device, dtype)
+        model, _ = load(args.checkpoint, device, dtype)
     if stats is None and model is None:
         raise ConfigError("give --stats STATS (compress.py record makes one) or --checkpoint")
     layers = stats.num_layers if stats is not None else model.config.num_hidden_layers
     return plan_pruning(
         stats,
-        criterion,
-        amount(args.keep),
-        budget=args.budget,
-        protect=places(args.protect, layers, "protect"),
-        remove=places(args.remove, layers, "remove"),
+        chosen.criterion,
+        chosen.amount,
+        budget=chosen.budget,
+        protect=resolved(chosen.protect, layers),
+        remove=resolved(chosen.remove, layers),
         model=model,
-        ranking=load_ranking(args.ranking) if args.ranking else None,
-        guard=not args.no_guard,
+        ranking=load_ranking(chosen.ranking) if chosen.ranking else None,
+        guard=chosen.guard,
         seed=args.seed,
         command=args.line,
     )
@@ -161,33 +222,24 @@ def plan_from(args: argparse.Namespace, checkpoint: str | None):
 
 
 def record_flags(p: argparse.ArgumentParser) -> None:
-    """routing statistics of a text, one layer in memory at a time"""
+    """routing statistics of texts and conversations, one layer in memory at a time"""
     add_checkpoint(p)
-    add_data(p, 100_000)
-    p.add_argument("--domain", default="", metavar="NAME", help="what the text is, in a word")
-    p.add_argument("--sample", type=int, default=0, metavar="N", help="also keep N tokens' inputs, for reconstruction")
-    p.add_argument("--generate", action="store_true", help="let the model answer each row, and record the answers too")
-    p.add_argument("--new-tokens", type=int, default=128, metavar="N", help="with --generate: length of an answer")
+    add_config(p)
+    add_record(p)
     add_output(p, "STATS.safetensors")
 
 
 def record(args: argparse.Namespace) -> int:
-    from xmoe.compression.routing import record_checkpoint, record_routing
+    from xmoe.errors import ConfigError
     from xmoe.outputs import check_free
 
     check_free(args.output, args.overwrite)
-    device, dtype = device_and_dtype(args)
-    options = {"domain": args.domain or args.data, "sample": args.sample, "seed": args.seed}
-    if args.generate:
-        from xmoe.checkpoint.weights import load
-        from xmoe.compression.answers import with_answers
-
-        model, tokenizer = load(args.checkpoint, device, dtype)
-        text = data_batches(args, tokenizer)
-        stats = record_routing(model, with_answers(model, text, args.new_tokens, args.seed), **options)
-    else:
-        checkpoint, tokenizer = tokenizer_of(args.checkpoint)
-        stats = record_checkpoint(checkpoint, data_batches(args, tokenizer), device=device, dtype=dtype, **options)
+    recipe = settings(args).record
+    if not recipe.data:
+        raise ConfigError(
+            "--data is missing: python, a .txt or .jsonl file, a folder, a hub name, or several by commas"
+        )
+    stats = recorded(args, recipe)
     stats.save(args.output, args.overwrite, args.line)
     never = len(stats.never_routed())
     result = {"output": args.output, "tokens": int(stats.tokens), "layers": stats.num_layers, "never_routed": never}
@@ -223,10 +275,50 @@ def import_summaries(args: argparse.Namespace) -> int:
     return 0
 
 
+def fingerprint_flags(p: argparse.ArgumentParser) -> None:
+    """which experts each domain uses: rankings, overlap, coverage and token-level traces, as data for a report page"""
+    p.add_argument("--stats", metavar="STATS[,...]", help="one file a domain, by `record --domain` or `import`")
+    p.add_argument("--top", default="8,16,20,24", metavar="N,...", help="experts of a ranking (default: 8,16,20,24)")
+    add_checkpoint(p, required=False)
+    p.add_argument("--text", action="append", default=[], metavar="TEXT", help="trace this, token by token; repeatable")
+    add_output(p, "FILE.json")
+
+
+def fingerprint(args: argparse.Namespace) -> int:
+    from xmoe.checkpoint.weights import load
+    from xmoe.compression.fingerprint import report, trace_text
+    from xmoe.compression.routing import RoutingStats
+    from xmoe.errors import ConfigError
+    from xmoe.outputs import check_free, new_file
+
+    check_free(args.output, args.overwrite)
+    if bool(args.text) != bool(args.checkpoint) or not (args.stats or args.text):
+        raise ConfigError("give --stats STATS[,...], or --checkpoint with --text to trace, or both")
+    if not all(part.isdigit() and int(part) for part in args.top.split(",")):
+        raise ConfigError(f"--top {args.top}: expected counts of experts, such as 8,16")
+    content = {"command": args.line}
+    if args.stats:
+        stats = [RoutingStats.load(part) for part in args.stats.split(",") if part]
+        content |= report(stats, [int(part) for part in args.top.split(",")])
+    if args.text:
+        device, dtype = device_and_dtype(args)
+        model, tokenizer = load(args.checkpoint, device, dtype)
+        content["traces"] = [trace_text(model, tokenizer, text) for text in args.text]
+    with new_file(args.output, args.overwrite) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    text = f"wrote {args.output}: {len(content.get('rankings', {}))} domains, {len(content.get('traces', []))} traces"
+    for top, table in content.get("overlap", {}).items():
+        pairs = [(a, b, share) for a, row in table.items() for b, share in row.items() if a < b]
+        text += "".join(f"\n  top {top}: {a} and {b} share {share:.0%} of their experts" for a, b, share in pairs)
+    say(args, {"output": args.output, **content}, text)
+    return 0
+
+
 def plan_flags(p: argparse.ArgumentParser) -> None:
     """who stays: a file a person can read and edit"""
-    add_plan(p, required=True)
     add_checkpoint(p, required=False)
+    add_config(p)
+    add_plan(p)
     add_output(p, "PLAN.json")
 
 
@@ -234,7 +326,7 @@ def plan(args: argparse.Namespace) -> int:
     from xmoe.outputs import check_free
 
     check_free(args.output, args.overwrite)
-    made = plan_from(args, args.checkpoint)
+    made = plan_from(args)
     made.save(args.output, args.overwrite)
     say(args, {"output": args.output, "kept": made.kept, "remarks": made.remarks()}, made.summary())
     return 0
@@ -243,8 +335,9 @@ def plan(args: argparse.Namespace) -> int:
 def prune_flags(p: argparse.ArgumentParser) -> None:
     """the smaller checkpoint, its manifest and model card; kept weights are copied byte for byte"""
     add_checkpoint(p)
-    p.add_argument("--plan", metavar="PLAN.json", help="what `plan` wrote; or give the flags of `plan`")
-    add_plan(p, required=False)
+    p.add_argument("--plan", metavar="PLAN.json", help="what `plan` wrote; or give the flags of `plan`, or a recipe")
+    add_config(p)
+    add_plan(p)
     p.add_argument("--pad", action="store_true", help="uneven counts: fill up with dead experts, for stock loaders")
     p.add_argument("--recipe", action="store_true", help="write only plan.json into --output, to be applied elsewhere")
     add_output(p, "DIR")
@@ -254,10 +347,17 @@ def prune(args: argparse.Namespace) -> int:
     from xmoe.compression import manifest
     from xmoe.compression.cut import prune_checkpoint
     from xmoe.compression.plan import PrunePlan
+    from xmoe.errors import ConfigError
     from xmoe.outputs import check_free, new_folder
 
     check_free(args.output, args.overwrite)
-    chosen = PrunePlan.load(args.plan) if args.plan else plan_from(args, args.checkpoint)
+    if args.plan:
+        given = ("stats", "criterion", "keep", "budget", "protect", "remove", "ranking", "guard", "config")
+        if idle := [name for name in given if getattr(args, name) is not None]:
+            raise ConfigError(
+                f"--plan says who stays already, so --{idle[0]} would not be obeyed; leave one of them out"
+            )
+    chosen = PrunePlan.load(args.plan) if args.plan else plan_from(args)
     if args.recipe:
         with new_folder(args.output, args.overwrite) as partial:
             chosen.save(partial / "plan.json")
@@ -311,7 +411,7 @@ def sweep(args: argparse.Namespace) -> int:
     device, dtype = device_and_dtype(args)
     model, tokenizer = load(args.checkpoint, device, dtype)
     keeps = [amount(k) for k in args.keep.split(",")]
-    text = data_batches(args, tokenizer)
+    text = data_batches(args, tokenizer, model.source.folder)
     rows = try_plans(model, load_stats(args.stats), args.criterion.split(","), keeps, text, budget=args.budget)
     with new_folder(args.output, args.overwrite) as partial:
         write_csv(rows, partial / "sweep.csv")
@@ -419,7 +519,14 @@ def recover(args: argparse.Namespace) -> int:
     device, dtype = device_and_dtype(args)
     student, tokenizer = load(args.checkpoint, device, dtype, "mxfp4" if args.train == "routers" else "dense")
     teacher, _ = load(args.teacher, device, dtype)
-    result = distil(student, teacher, data_batches(args, tokenizer), train=args.train, steps=args.steps, lr=args.lr)
+    result = distil(
+        student,
+        teacher,
+        data_batches(args, tokenizer, student.source.folder),
+        train=args.train,
+        steps=args.steps,
+        lr=args.lr,
+    )
     operation = {"name": "recover", "train": args.train, "steps": args.steps, "tokens": result.tokens}
     save_changed(student, args.checkpoint, args.output, [operation], command=args.line, overwrite=args.overwrite)
     first, last = result.losses[0], sum(result.losses[-10:]) / len(result.losses[-10:])
@@ -432,16 +539,22 @@ def recover(args: argparse.Namespace) -> int:
     return 0
 
 
+# name -> its flags, what it does, and the example at the end of its help
 COMMANDS = {
-    "record": (record_flags, record),
-    "import": (import_flags, import_summaries),
-    "plan": (plan_flags, plan),
-    "prune": (prune_flags, prune),
-    "verify": (verify_flags, verify),
-    "sweep": (sweep_flags, sweep),
-    "merge": (merge_flags, merge),
-    "reduce": (reduce_flags, reduce),
-    "recover": (recover_flags, recover),
+    "record": (record_flags, record, "--checkpoint DIR --data python --tokens 100000 --output r.safetensors"),
+    "import": (import_flags, import_summaries, "--format fingerprint --data DIR --domain law --output law.safetensors"),
+    "fingerprint": (fingerprint_flags, fingerprint, "--stats law.safetensors,math.safetensors --output experts.json"),
+    "plan": (plan_flags, plan, "--stats r.safetensors --criterion reap --keep 16 --output plan.json"),
+    "prune": (prune_flags, prune, "--checkpoint DIR --plan plan.json --output DIR-16"),
+    "verify": (verify_flags, verify, "--source DIR --pruned DIR-16"),
+    "sweep": (
+        sweep_flags,
+        sweep,
+        "--checkpoint DIR --stats r.safetensors --criterion frequency,reap --keep 28,24,16 --data python --output swept",
+    ),
+    "merge": (merge_flags, merge, "--checkpoint DIR --stats r.safetensors --method ream --keep 16 --output DIR-merged"),
+    "reduce": (reduce_flags, reduce, "--checkpoint DIR --method neurons,int8 --fraction 0.25 --output DIR-small"),
+    "recover": (recover_flags, recover, "--checkpoint DIR-16 --teacher DIR --data python --output DIR-16-recovered"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -18,10 +19,12 @@ from xmoe.compression.fingerprint import (
     load_ranking,
     overlap,
     ranking_of,
+    report,
     summarize,
-    write_report,
+    trace_text,
 )
 from xmoe.compression.plan import plan_pruning
+from xmoe.data.tokenizer import Tokenizer
 from xmoe.errors import DataError
 
 E, LAYERS = 6, 2
@@ -121,14 +124,34 @@ def test_a_trace_is_summed_by_the_published_spans():
     assert none is None and whole.tokens == 8 and float(whole.count_frequency.sum() * 8) == 10
 
 
-def test_report_holds_every_pair(tmp_path):
+def test_report_holds_every_pair():
     a, b = import_fingerprint_like([[4.0, 1.0, 3.0, 2.0]]), import_fingerprint_like([[1.0, 4.0, 2.0, 3.0]])
+    with pytest.raises(DataError, match="same domain"):
+        report([a, b])
     b.domain = "y"
-    content = write_report([a, b], tmp_path / "f.json", tops=(2,))
-    assert json.loads((tmp_path / "f.json").read_text()) == content
+    content = report([a, b], tops=(2, 9))
+    assert json.loads(json.dumps(content)) == content
     assert content["rankings"] == {"x": [[0, 2, 3, 1]], "y": [[1, 3, 2, 0]]}
-    assert content["overlap"]["2"]["x"] == {"x": 1.0, "y": 0.0}
+    assert list(content["overlap"]) == ["2"] and content["overlap"]["2"]["x"] == {"x": 1.0, "y": 0.0}
     assert content["coverage"]["2"]["x"]["y"] == pytest.approx(0.3)
+    assert content["load"]["x"] == [[0.4, 0.1, 0.3, 0.2]]
+    with pytest.raises(DataError, match="4 experts, fewer than any size"):
+        report([a], tops=(5,))
+    with pytest.raises(DataError, match="different models"):
+        report([a, dataclasses.replace(import_fingerprint_like([[1.0, 2.0]]), domain="z")])
+
+
+def test_a_text_is_traced_token_by_token(model):
+    tokenizer = Tokenizer.of_bytes()
+    with torch.no_grad():
+        routing = model.features(torch.tensor([tokenizer.encode("+-*")])).routing
+    trace = trace_text(model, tokenizer, "+-*")
+    assert trace["tokens"] == ["+", "-", "*"]
+    for layer, decided in enumerate(routing):
+        assert [row[layer] for row in trace["indices"]] == decided.indices.tolist()
+        assert [row[layer] for row in trace["weights"]] == decided.weights.tolist()
+    with pytest.raises(DataError, match="no text to trace"):
+        trace_text(model, tokenizer, "")
 
 
 def test_mistakes_are_one_clear_line(published, tmp_path):

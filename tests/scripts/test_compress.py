@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,16 @@ import pytest
 from xmoe import command
 from xmoe.checkpoint.opened import Checkpoint
 from xmoe.checkpoint.weights import save
+from xmoe.compression.criteria import RECONSTRUCTION, WEIGHTS
+from xmoe.compression.recipe import CompressConfig
+from xmoe.config import load_config
 from xmoe.data.tokenizer import Tokenizer
 from xmoe.model.config import preset
 from xmoe.model.transformer import build
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "compress.py"
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "scripts" / "compress.py"
+CONFIGS = ROOT / "configs" / "compress"
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +150,122 @@ def test_merge_and_reduce_leave_a_checkpoint_and_their_story(run, made, recorded
     assert code == 0 and Checkpoint(made / "sparse").layout.name == "hf-mxfp4"
 
 
+def test_low_rank_from_text_to_a_checkpoint_that_speaks(run, made, recorded, capsys):
+    line = (
+        "reduce --checkpoint model --method low-rank --fraction 0.4 --whiten --data text.txt --tokens 200 --seq-len 40"
+    )
+    code, out, _ = run(f"{line} --output thin")
+    assert code == 0 and "low-rank" in out and "fitted to 200 tokens" in out and "error of outputs" in out
+    thin = Checkpoint(made / "thin")
+    assert thin.layout.name == "native" and thin.formats == ["low-rank"]
+    (stage,) = json.loads((made / "thin" / "manifest.json").read_text())["operations"]
+    stored = [i.nbytes for n, i in thin.reader.tensors.items() if n.endswith((".left", ".right"))]
+    assert stage["bytes_after"] == sum(stored) <= 0.6 * stage["bytes_before"]
+    assert "rank" in stage["detail"] and "low-rank" in (made / "thin" / "README.md").read_text()
+
+    code, out, _ = run("reduce --checkpoint packed --method low-rank --rank 12,8 --experts 1:* --output half --json")
+    assert code == 0 and sorted(Checkpoint(made / "half").formats) == ["low-rank", "mxfp4"]
+    assert run("prune --checkpoint thin --stats model.safetensors --keep 4 --output thin-4")[0] == 0
+    assert run("verify --source thin --pruned thin-4")[0] == 0
+    for script, words in (
+        ("describe", []),
+        ("chat", ["--prompt", "The", "--max-new-tokens", "4", "--temperature", "0"]),
+    ):
+        spec = importlib.util.spec_from_file_location(f"{script}_command", SCRIPT.with_name(f"{script}.py"))
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        assert module.main(["--checkpoint", str(made / "thin-4"), *words]) in (0, None)
+    assert "in low-rank (rank " in capsys.readouterr().out
+
+
+def test_a_recipe_does_it_all_and_flags_override_it(run, made, recorded):
+    (made / "recipe.yaml").write_text(
+        "record: {data: text.txt, tokens: 200, seq_len: 40, sample: 30}\n"
+        "plan: {criterion: reconstruction, keep: 0.5, protect: {1: [9]}, remove: {all: [3]}}\n"
+    )
+    code, _, _ = run("prune --checkpoint model --config recipe.yaml --set record.tokens=160 --output from-recipe")
+    plan = json.loads((made / "from-recipe" / "plan.json").read_text())
+    assert code == 0 and plan["criterion"] == "reconstruction" and plan["data"]["tokens"] == 160
+    assert [len(row) for row in plan["kept"]] == [5, 5]
+    assert 9 in plan["kept"][1] and all(3 not in row for row in plan["kept"])
+    code, out, _ = run(
+        "plan --stats model.safetensors --config recipe.yaml --criterion reap --keep 4 --output p4.json --json"
+    )
+    assert code == 0 and [len(row) for row in json.loads(out)["kept"]] == [4, 4]
+    assert json.loads((made / "p4.json").read_text())["criterion"] == "reap"
+    code, out, _ = run("record --checkpoint model --config recipe.yaml --sample 7 --output r7.safetensors --json")
+    assert code == 0 and json.loads(out)["tokens"] == 200
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_that_comes_with_xmoe_loads(path):
+    recipe = load_config(CompressConfig, path)
+    assert recipe.plan.amount is not None or recipe.plan.remove
+    needs_no_text = recipe.plan.criterion in (*WEIGHTS, "random", "ranking")
+    assert needs_no_text or recipe.record.data
+    if recipe.plan.criterion in RECONSTRUCTION or recipe.plan.budget == "sensitivity":
+        assert recipe.record.sample >= 256
+
+
+def test_there_are_recipes():
+    assert len(list(CONFIGS.glob("*.yaml"))) >= 4
+
+
+def test_conversations_and_texts_are_recorded_together(run, made):
+    asked = [{"role": "user", "content": f"What is {n} + 1?"} for n in range(9)]
+    rows = [{"messages": [q, {"role": "assistant", "content": "It is more."}]} for q in asked]
+    (made / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    line = "record --checkpoint model --data chats.jsonl,text.txt --tokens 500 --seq-len 64 --output chats.safetensors"
+    code, out, _ = run(f"{line} --json")
+    assert code == 0 and json.loads(out)["tokens"] == 500
+    code, out, _ = run(
+        "record --checkpoint model --data chats.jsonl --tokens 60 --generate --new-tokens 5 --output said.safetensors --json"
+    )
+    assert code == 0 and 60 < json.loads(out)["tokens"] <= 60 + 4 * 5
+
+
+def test_fingerprints_of_two_domains_and_a_trace(run, made):
+    for name, text in (("fox", "text.txt"), ("python", "python")):
+        line = f"record --checkpoint model --data {text} --tokens 200 --seq-len 50 --domain {name} --output {name}.safetensors"
+        assert run(line)[0] == 0
+    code, out, _ = run(
+        "fingerprint --stats fox.safetensors,python.safetensors --top 3,5 --checkpoint model --text foxes --output fp.json"
+    )
+    content = json.loads((made / "fp.json").read_text())
+    assert code == 0 and "top 3: fox and python share" in out and "2 domains, 1 traces" in out
+    assert list(content["rankings"]) == ["fox", "python"] and len(content["rankings"]["fox"]) == 2
+    (trace,) = content["traces"]
+    assert trace["tokens"] == list("foxes")
+    assert [len(trace["indices"]), len(trace["indices"][0]), len(trace["indices"][0][0])] == [5, 2, 3]
+
+
+def full_disk(*args, **options):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "record --checkpoint model --data text.txt --tokens 100 --seq-len 50 --output out",
+        "plan --stats model.safetensors --keep 4 --output out",
+        "prune --checkpoint packed --stats packed.safetensors --keep 4 --output out",
+        "merge --checkpoint packed --stats packed.safetensors --method ream --keep 4 --output out",
+        "reduce --checkpoint packed --method int8 --output out",
+        "recover --checkpoint packed --teacher packed --data text.txt --tokens 60 --seq-len 30 --steps 1 --output out",
+        "sweep --checkpoint model --stats model.safetensors --keep 4 --data text.txt --tokens 100 --output out",
+        "fingerprint --stats model.safetensors --top 4 --output out",
+    ],
+)
+def test_a_full_disk_is_one_line_and_leaves_nothing(run, made, recorded, monkeypatch, line):
+    """The disk is full at the moment when what was written is flushed to it, behind everything else."""
+    before = {p.relative_to(made): p.read_bytes() for p in made.rglob("*") if p.is_file()}
+    monkeypatch.setattr(os, "fsync", full_disk)
+    code, out, err = run(line)
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert err.startswith("error: cannot write out: No space left on device; nothing was left there")
+    assert {p.relative_to(made): p.read_bytes() for p in made.rglob("*") if p.is_file()} == before
+
+
 def test_answers_of_the_model_are_recorded_too(run, made):
     code, out, _ = run(
         "record --checkpoint model --data text.txt --tokens 60 --seq-len 20 --generate --new-tokens 5 "
@@ -171,7 +294,7 @@ def test_import_of_published_summaries(run, made):
         ("plan --stats model.safetensors --keep 0 --output p.json", "keep is 0"),
         ("plan --stats model.safetensors --keep 11 --output p.json", "more than the 10 experts"),
         ("plan --stats model.safetensors --keep 1.5 --output p.json", "must lie between 0 and 1"),
-        ("plan --stats model.safetensors --keep many --output p.json", "--keep many: expected a count"),
+        ("plan --stats model.safetensors --keep many --output p.json", "keep is 'many'; expected a count"),
         ("plan --stats model.safetensors --keep 4 --criterion best --output p.json", "unknown criterion 'best'"),
         ("plan --stats model.safetensors --keep 4 --protect 1:99 --output p.json", "protect 1:99"),
         ("plan --stats model.safetensors --keep 4 --protect x --output p.json", "--protect x: expected LAYER:EXPERT"),
@@ -180,12 +303,33 @@ def test_import_of_published_summaries(run, made):
         ("prune --checkpoint other --stats model.safetensors --keep 4 --output out", "is for model"),
         ("prune --checkpoint nowhere --stats model.safetensors --keep 4 --output out", "no folder nowhere"),
         ("prune --checkpoint model --plan none.json --output out", "does not exist"),
+        ("prune --checkpoint model --plan none.json --keep 4 --output out", "so --keep would not be obeyed"),
+        ("plan --stats model.safetensors --set plan.keeps=4 --output p.json", "did you mean plan.keep?"),
+        ("plan --stats model.safetensors --set plan.prune_method=ean --output p.json", "did you mean plan.criterion?"),
+        ("plan --stats model.safetensors --config none.yaml --output p.json", "none.yaml does not exist"),
+        ("plan --stats model.safetensors --keep 2 --protect :3 --output p.json", "--protect :3: expected LAYER:EXPERT"),
+        ("record --checkpoint model --output s.safetensors", "--data is missing"),
+        ("record --checkpoint model --data text.txt --tokens 0 --output s.safetensors", "tokens is 0; expected 1"),
+        ("fingerprint --output f.json", "give --stats"),
+        ("fingerprint --stats model.safetensors --text hello --output f.json", "give --stats"),
+        ("fingerprint --stats model.safetensors --top few --output f.json", "--top few: expected counts"),
+        ("fingerprint --stats model.safetensors,other.safetensors --output f.json", "same domain"),
         ("prune --checkpoint model --stats model.safetensors --keep 4 --output other", "already exists"),
         ("verify --source model --pruned other", "has no manifest.json"),
         ("record --checkpoint model --data none.txt --output s.safetensors", "none.txt"),
         ("recover --checkpoint model --teacher other --data text.txt --train heads --output out", "not 'heads'"),
         ("reduce --checkpoint model --method magnitude --fraction 1 --output out", "between 0 and 1"),
         ("reduce --checkpoint model --method magnitude --pattern 2to4 --output out", "expected N:M"),
+        ("reduce --checkpoint model --method low_rnk --fraction 0.5 --output out", "did you mean low-rank?"),
+        ("reduce --checkpoint model --method low-rank --fraction 0 --output out", "between 0 and 1"),
+        ("reduce --checkpoint model --method low-rank --rank 60 --output out", "saves nothing"),
+        ("reduce --checkpoint packed --method low-rank --rank 16,8 --output out", "8,192 bytes an expert in bfloat16"),
+        ("reduce --checkpoint model --method low-rank --rank 9x8 --output out", "--rank 9x8: expected R or R,R"),
+        ("reduce --checkpoint model --method low-rank --fraction 0.5 --whiten --output out", "give --data, or --stats"),
+        ("reduce --checkpoint model --method low-rank --fraction 0.5 --experts 1:3 --output out", "(--experts 1:*)"),
+        ("reduce --checkpoint model --method low-rank --fraction 0.5 --experts 7:* --output out", "--experts 7:*"),
+        ("reduce --checkpoint model --method low-rank,int8 --fraction 0.5 --output out", "do not go together"),
+        ("reduce --checkpoint model --method magnitude --fraction 0.5 --score size --output out", "unknown score"),
         ("merge --checkpoint model --stats other.safetensors --method ream --keep 4 --output out", "are of model"),
         ("plan", "--output"),
         ("shrink", "invalid choice"),

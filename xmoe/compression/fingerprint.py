@@ -13,7 +13,8 @@ add up over domains like recorded ones; count / tokens is how often an average t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,9 @@ from torch import Tensor
 
 from xmoe.compression.criteria import activation_scores, ranked
 from xmoe.compression.routing import RoutingStats
+from xmoe.data.tokenizer import Tokenizer
 from xmoe.errors import DataError
+from xmoe.model.transformer import Transformer
 
 PARTS = ("think_expert_analytics", "answer_expert_analytics")
 Ranking = list[list[int]]
@@ -194,13 +197,52 @@ def _span(trace: Trace, start: int, stop: int, num_experts: int) -> Span:
     return Span(counts / length, mass / length, length)
 
 
-def write_report(stats: Iterable[RoutingStats], file: Path, tops: Sequence[int] = (8, 16, 20, 24)) -> dict:
-    """Rankings, overlaps and coverages of several domains as one JSON file that a report page can draw."""
+def trace_text(model: Transformer, tokenizer: Tokenizer, text: str) -> dict:
+    """One text through the model, for a file: `tokens` (as text), and each token's experts, best first, and their weights.
+
+    indices and weights are lists [T][layers][K].
+    """
+    ids = tokenizer.encode(text)
+    if not ids:
+        raise DataError("there is no text to trace")
+    with torch.no_grad():
+        routing = model.features(torch.tensor([ids], device=model.device)).routing
+    return {
+        "text": text,
+        "tokens": [tokenizer.decode([i]) for i in ids],
+        "indices": torch.stack([r.indices for r in routing], dim=1).tolist(),
+        "weights": torch.stack([r.weights for r in routing], dim=1).tolist(),
+    }
+
+
+def report(stats: Sequence[RoutingStats], tops: Sequence[int] = (8, 16, 20, 24)) -> dict:
+    """Rankings, overlaps and coverages of several domains, as data that a report page can draw.
+
+    overlap[top][a][b]: share of the first `top` experts that a and b have in common; coverage[top][a][b]: share of a's
+    routings that the first `top` of b's ranking serve. Sizes that are no part of a layer are left out.
+
+    Raises:
+        DataError: two domains of one name, statistics of different models, or no size that fits.
+    """
     named = {s.domain or f"domain {i}": s for i, s in enumerate(stats)}
+    if len(named) < len(stats):
+        raise DataError("two of the statistics have the same domain; record them with --domain NAME")
+    if len({s.num_experts for s in stats}) > 1 or len({s.model for s in stats if s.model}) > 1:
+        raise DataError("the statistics are of different models, whose experts have nothing in common")
+    fewest = min(stats[0].num_experts)
+    tops = [top for top in tops if top <= fewest]
+    if not tops:
+        raise DataError(f"layers have {fewest} experts, fewer than any size asked for; give --top")
     rankings = {name: ranking_of(s) for name, s in named.items()}
-    content = {
+    return {
         "schema_version": 1,
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "model": next((s.model for s in stats if s.model), ""),
+        "tokens": {name: s.tokens for name, s in named.items()},
         "rankings": rankings,
+        "load": {
+            name: (s.moments["count"] / s.moments["count"].sum(1, keepdim=True)).tolist() for name, s in named.items()
+        },
         "overlap": {
             str(top): {a: {b: overlap(rankings[a], rankings[b], top) for b in named} for a in named} for top in tops
         },
@@ -208,5 +250,3 @@ def write_report(stats: Iterable[RoutingStats], file: Path, tops: Sequence[int] 
             str(top): {a: {b: coverage(named[a], rankings[b], top) for b in named} for a in named} for top in tops
         },
     }
-    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return content

@@ -144,6 +144,22 @@ def load_documents(source: str | Path | list[Place], reading: Reading | None = N
     return _bounded(documents, reading.max_bytes, ", ".join(place.name for place in places))
 
 
+def load_rows(source: str | Path | list[Place], reading: Reading | None = None) -> Iterator[tuple[str, dict]]:
+    """(where, fields) of each row of the .jsonl files and hub datasets of `source`; files of text have no rows.
+
+    Raises:
+        DataError: as :func:`load_documents`.
+    """
+    reading = reading or Reading()
+    for place in source if isinstance(source, list) else locate(source):
+        if place.on_hub:
+            found: Iterable[_Row] = _hub_rows(place.name, reading.subset, reading.split)
+        else:
+            found = itertools.chain.from_iterable(_jsonl_rows(f) for f in place.files if f.suffix in ROW_SUFFIXES)
+        for row in found:
+            yield row.where, row.fields
+
+
 def keep_hub_documents(place: Place, reading: Reading) -> Place:
     """The same documents as a local file in the user's cache, fetched once: a second run needs no network."""
     name = digest(place.name, dataclasses.astuple(reading))

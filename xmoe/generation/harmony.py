@@ -12,6 +12,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from xmoe.errors import ConfigError, DataError
 from xmoe.generation.tools import Tool, namespace
@@ -94,6 +95,20 @@ class Conversation:
         """
         last_final = max((i for i, m in enumerate(self.messages) if _is(m, "final")), default=-1)
         return [m for i, m in enumerate(self.messages) if i > last_final or not _is(m, "analysis")]
+
+
+def speaks_harmony(tokenizer, folder: str | Path | None = None) -> bool:
+    """Whether a model was taught Harmony: the published vocabulary, or a chat template in `folder` that writes channels.
+
+    The special tokens alone prove nothing: every tokenizer trained here has them, for whoever wants to teach them.
+    """
+    if any(tokenizer.special(name) is None for name in NEEDED):
+        return False
+    if tokenizer.special("<|return|>") == 200002:
+        return True
+    names = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json") if folder else ()
+    files = [Path(folder, name) for name in names]
+    return any("<|channel|>" in file.read_text(encoding="utf-8") for file in files if file.is_file())
 
 
 class Harmony:

@@ -26,6 +26,7 @@ from xmoe.model.router import Routing
 LOGITS_AT_ONCE = 1 << 25  # fp32 numbers: 128 MiB
 TOKENS_AT_ONCE = {"cpu": 2048}  # more in one batch gains nothing on a CPU and costs memory
 TOKENS_AT_ONCE_ACCELERATOR = 32768
+CONTINUATIONS_AT_ONCE = 4  # of shared beginnings, however small the batch: with one at a time sharing gains little
 
 Observer = Callable[[int, Routing], None]
 
@@ -34,7 +35,7 @@ class Scorer:
     """Scores requests with one model and one tokenizer.
 
     Args:
-        batch_size: rows of a batch at most.
+        batch_size: rows of a batch at most; short continuations of a shared beginning go four at a time even at 1.
         max_length: tokens the model sees at once; longer inputs lose their left end, pages are cut into windows.
         prefix: what stands in for an empty context: auto, bos, eos, none or an id (see encoding.prefix_token).
         num_experts_per_tok: overrides the model's K.
@@ -146,7 +147,11 @@ class Scorer:
         """Longest first: what does not fit into memory fails at once, and rows of a batch need little padding."""
         order = sorted(nodes, key=lambda n: -len(n[0].tokens))
         while order:
-            rows = max(1, min(self.batch_size, self.tokens_at_once // len(order[0][0].tokens)))
+            longest = order[0][0]
+            # Continuations are short, so a few of them have no more tokens than one whole row.
+            whole_row = (longest.start + len(longest.tokens)) // len(longest.tokens)
+            rows = max(self.batch_size, min(CONTINUATIONS_AT_ONCE, whole_row))
+            rows = max(1, min(rows, self.tokens_at_once // len(longest.tokens)))
             yield order[:rows]
             order = order[rows:]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -51,6 +52,22 @@ def test_what_stands_there_is_kept_unless_told_otherwise(tmp_path):
     with pytest.raises(RuntimeError), new_folder(tmp_path / "out", overwrite=True):
         raise RuntimeError
     assert left_behind(tmp_path / "out") == ["2"] and left_behind(tmp_path) == ["f", "out"]
+
+
+@pytest.mark.parametrize("new", [new_file, new_folder])
+def test_a_full_disk_is_told_with_the_name_of_the_output(tmp_path, new):
+    said = "No space left on device"
+    as_safetensors_says_it = RuntimeError(f"Error while serializing: I/O error: {said} (os error {errno.ENOSPC})")
+    for error in (OSError(errno.ENOSPC, said), as_safetensors_says_it):
+        with pytest.raises(OSError, match=said) as told, new(tmp_path / "out"):
+            raise error
+        assert told.value.errno == errno.ENOSPC and told.value.filename == str(tmp_path / "out")
+    with pytest.raises(OSError, match=said) as told, new_folder(tmp_path / "out") as partial, new(partial / "in"):
+        raise OSError(errno.ENOSPC, said)
+    assert told.value.filename == str(tmp_path / "out") and left_behind(tmp_path) == []
+    with pytest.raises(OSError, match="other") as told, new(tmp_path / "out"):
+        raise OSError(errno.EACCES, "other", "elsewhere")
+    assert told.value.filename == "elsewhere"
 
 
 def test_kill_9_leaves_no_folder_that_looks_complete(tmp_path):

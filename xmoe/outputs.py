@@ -7,6 +7,7 @@ A rename within one folder is atomic on every file system we run on, so a reader
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -39,8 +40,9 @@ def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
             if file.is_file():
                 _flush(file)
         _replace_folder(partial, path)
-    except BaseException:
+    except BaseException as e:
         shutil.rmtree(partial, ignore_errors=True)
+        _tell_where(e, partial, path)
         raise
 
 
@@ -57,9 +59,22 @@ def new_file(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         partial.chmod(0o644)  # at the end: some writers put a new, private file in its place
         _flush(partial)
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as e:
         partial.unlink(missing_ok=True)
+        _tell_where(e, partial, path)
         raise
+
+
+def _tell_where(error: BaseException, partial: Path, path: Path) -> None:
+    """A system's error without a name, or about the partial output, gets the name that the user gave.
+
+    The safetensors library tells of a full disk in a text, which becomes the system's error here.
+    """
+    if isinstance(error, OSError) and error.errno and str(partial) in str(error.filename or partial):
+        error.filename = str(path)
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        if not isinstance(error, OSError) and f"(os error {number})" in str(error):
+            raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def _flush(file: Path) -> None:

@@ -78,6 +78,24 @@ def test_an_expert_nobody_visits_scores_zero_and_comes_last(model, tokens):
         assert float(scores[2]) == 0.0 and ranked(scores)[-1] == 2
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ACTIVATION)
+def test_scores_do_not_depend_on_batches_padding_order_or_merging(model, tokens, name):
+    padded = torch.full((6, 15), 1)
+    padded[:, 3:14] = tokens
+    mask = torch.zeros(6, 15, dtype=torch.bool)
+    mask[:, 3:14] = True
+    whole = activation_scores(record_routing(model, [tokens]), name)
+    for stats in (
+        record_routing(model, tokens.split(1)),
+        record_routing(model, [(padded, mask)]),
+        record_routing(model, [tokens.flip(0)]),
+        record_routing(model, [tokens[:2]]) + record_routing(model, [tokens[2:]]),
+    ):
+        for a, b in zip(whole, activation_scores(stats, name)):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-9)
+
+
 def test_weight_criteria_equal_their_definitions(model, pack):
     pack(model)
     norms, flatness = weight_scores(model, "weight_norm"), weight_scores(model, "aimer")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -110,3 +111,67 @@ def test_mistakes_are_one_clear_line(model):
         exact(wide, 16)
     with pytest.raises(DataError, match="hold no token sample"):
         model_problems(model, None)
+
+
+def outputs_in_float64(moe, inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Router logits [N, E] and every expert's output [N, E, D] by their definitions, in float64."""
+    x, experts = inputs.double(), moe.experts
+    hidden = torch.einsum("nd,efd->nef", x, experts.gate_up.double()) + experts.gate_up_bias.double()
+    gate, up = hidden[..., 0::2].clamp(max=7.0), hidden[..., 1::2].clamp(-7.0, 7.0)
+    hidden = gate * torch.sigmoid(1.702 * gate) * (up + 1)
+    outputs = torch.einsum("nef,edf->ned", hidden, experts.down.double()) + experts.down_bias.double()
+    return x @ moe.router.weight.double().t() + moe.router.bias.double(), outputs
+
+
+def loss_by_hand(logits, outputs, kept, k) -> float:
+    """L(S), token after token: re-route among S, weigh by a softmax over those chosen, subtract."""
+    total = 0.0
+    for z, f in zip(logits.tolist(), outputs):
+        mixtures = []
+        for allowed in (range(len(z)), kept):
+            chosen = sorted(allowed, key=lambda e: (-z[e], e))[:k]
+            shares = [math.exp(z[e]) for e in chosen]
+            mixtures.append(sum(g / sum(shares) * f[e] for g, e in zip(shares, chosen)))
+        total += float((mixtures[0] - mixtures[1]).square().sum())
+    return total
+
+
+@torch.no_grad()
+def test_reconstruction_equals_a_float64_loop(model, sampled):
+    """Errors within 1e-5, the greedy order, and the best subset of all, with nothing shared with the code under test."""
+    for layer, block in enumerate(model.blocks):
+        logits, outputs = outputs_in_float64(block.moe, sampled[layer])
+        problem = layer_problem(block.moe, sampled[layer])
+        order, left = [], list(range(7))
+        while len(left) > 1:
+            costs = [(loss_by_hand(logits, outputs, [e for e in left if e != gone], 3), -gone) for gone in left]
+            order.append(-min(costs)[1])
+            left.remove(order[-1])
+        curve = greedy(problem)
+        assert curve.order == [*order, *left]
+        for n in (1, 3, 6):
+            kept = sorted(curve.order[7 - n :])
+            assert curve.errors[n] == pytest.approx(loss_by_hand(logits, outputs, kept, 3), rel=1e-5)
+        subset, error = exact(problem, 5)
+        every = [(loss_by_hand(logits, outputs, s, 3), list(s)) for s in itertools.combinations(range(7), 5)]
+        assert (subset, error) == (min(every)[1], pytest.approx(min(every)[0], rel=1e-5))
+
+
+@torch.no_grad()
+def test_reconstruction_does_not_depend_on_batches_padding_order_or_merging(model, tokens):
+    padded = torch.full((6, 14), 3)
+    padded[:, 1:12] = tokens
+    mask = torch.zeros(6, 14, dtype=torch.bool)
+    mask[:, 1:12] = True
+    whole = record_routing(model, [tokens], sample=66)
+    ways = [
+        record_routing(model, tokens.split(1), sample=66),
+        record_routing(model, [(padded, mask)], sample=66),
+        record_routing(model, [tokens.flip(0)], sample=66),
+        record_routing(model, [tokens[:2]], sample=22) + record_routing(model, [tokens[2:]], sample=44),
+    ]
+    expected = [greedy(p) for p in model_problems(model, whole.sample)]
+    for stats in ways:
+        for curve, one in zip(expected, model_problems(model, stats.sample)):
+            assert greedy(one).order == curve.order
+            assert greedy(one).errors == pytest.approx(curve.errors, rel=1e-5, abs=1e-9)

@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 def open_session(args):
     """Everything that can be wrong with the flags or the checkpoint is found out here, before a word is said."""
     from xmoe.checkpoint.weights import load
+    from xmoe.generation.harmony import speaks_harmony
     from xmoe.generation.session import Continuation, HarmonyChat, PlainChat, set_experts
     from xmoe.generation.settings import read_settings
 
@@ -76,7 +77,9 @@ def open_session(args):
     model, tokenizer = load(args.checkpoint, device=args.device, dtype=args.dtype, adapter=args.adapter)
     if tokenizer is None:
         raise ConfigError(f"{args.checkpoint} has no tokenizer, so there is nothing to read or write text with")
-    template = "harmony" if args.template == "auto" and speaks_harmony(model, tokenizer) else args.template
+    template = (
+        "harmony" if args.template == "auto" and speaks_harmony(tokenizer, model.source.folder) else args.template
+    )
     # OpenAI recommends temperature 1 for GPT-OSS, whose answers are also long, since it thinks aloud.
     defaults = (
         {"temperature": 1.0, "max_new_tokens": 4096}
@@ -104,20 +107,6 @@ def open_session(args):
     if args.num_experts_per_tok is not None:
         set_experts(session, args.num_experts_per_tok)
     return session
-
-
-def speaks_harmony(model, tokenizer) -> bool:
-    """Whether the checkpoint was taught Harmony: the published vocabulary, or a chat template that writes channels.
-
-    The special tokens alone prove nothing: every tokenizer trained here has them, for whoever wants to teach them.
-    """
-    if tokenizer.special("<|channel|>") is None:
-        return False
-    if tokenizer.special("<|return|>") == 200002:
-        return True
-    folder = model.source.folder
-    files = [folder / name for name in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")]
-    return any("<|channel|>" in file.read_text(encoding="utf-8") for file in files if file.is_file())
 
 
 def drafter(args, model, tokenizer):

@@ -61,6 +61,20 @@ def add_data(p: argparse.ArgumentParser, tokens: int, required: bool = True) -> 
     p.add_argument("--batch-size", type=int, default=4, metavar="B", help="rows at a time (default: 4)")
 
 
+def check_output(args: argparse.Namespace) -> None:
+    """Nothing stands at --output, or it may be replaced; a source never may."""
+    from pathlib import Path
+
+    from xmoe.errors import ConfigError
+    from xmoe.outputs import check_free
+
+    check_free(args.output, args.overwrite)
+    goal = Path(args.output).resolve()
+    for name in ("checkpoint", "teacher"):
+        if (given := getattr(args, name, None)) and goal in ((source := Path(given).resolve()), *source.parents):
+            raise ConfigError(f"--output {args.output} would replace --{name}, which must stay; choose another name")
+
+
 def add_config(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--config", metavar="FILE.yaml", help="a recipe, such as those in configs/compress; flags override it"
@@ -348,9 +362,9 @@ def prune(args: argparse.Namespace) -> int:
     from xmoe.compression.cut import prune_checkpoint
     from xmoe.compression.plan import PrunePlan
     from xmoe.errors import ConfigError
-    from xmoe.outputs import check_free, new_folder
+    from xmoe.outputs import new_folder
 
-    check_free(args.output, args.overwrite)
+    check_output(args)
     if args.plan:
         given = ("stats", "criterion", "keep", "budget", "protect", "remove", "ranking", "guard", "config")
         if idle := [name for name in given if getattr(args, name) is not None]:
@@ -405,9 +419,9 @@ def sweep(args: argparse.Namespace) -> int:
     from xmoe.checkpoint.weights import load
     from xmoe.compression.sweep import draw, write_csv
     from xmoe.compression.sweep import sweep as try_plans
-    from xmoe.outputs import check_free, new_folder
+    from xmoe.outputs import new_folder
 
-    check_free(args.output, args.overwrite)
+    check_output(args)
     device, dtype = device_and_dtype(args)
     model, tokenizer = load(args.checkpoint, device, dtype)
     keeps = [amount(k) for k in args.keep.split(",")]
@@ -437,9 +451,8 @@ def merge(args: argparse.Namespace) -> int:
     from xmoe.compression.changed import save_changed
     from xmoe.compression.merge import describe
     from xmoe.compression.merge import merge as join
-    from xmoe.outputs import check_free
 
-    check_free(args.output, args.overwrite)
+    check_output(args)
     device, dtype = device_and_dtype(args)
     model, _ = load(args.checkpoint, device, dtype)
     small, groups = join(model, load_stats(args.stats), args.method, args.keep, tied=args.tied)
@@ -513,9 +526,8 @@ def recover(args: argparse.Namespace) -> int:
     from xmoe.checkpoint.weights import load
     from xmoe.compression.changed import save_changed
     from xmoe.compression.recover import recover as distil
-    from xmoe.outputs import check_free
 
-    check_free(args.output, args.overwrite)
+    check_output(args)
     device, dtype = device_and_dtype(args)
     student, tokenizer = load(args.checkpoint, device, dtype, "mxfp4" if args.train == "routers" else "dense")
     teacher, _ = load(args.teacher, device, dtype)

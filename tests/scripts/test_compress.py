@@ -315,6 +315,20 @@ def test_import_of_published_summaries(run, made):
         ("fingerprint --stats model.safetensors --top few --output f.json", "--top few: expected counts"),
         ("fingerprint --stats model.safetensors,other.safetensors --output f.json", "same domain"),
         ("prune --checkpoint model --stats model.safetensors --keep 4 --output other", "already exists"),
+        (
+            "prune --checkpoint model --stats model.safetensors --keep 4 --output model --overwrite",
+            "would replace --chec",
+        ),
+        (
+            "prune --checkpoint ./model --stats model.safetensors --keep 4 --output . --overwrite",
+            "would replace --chec",
+        ),
+        (
+            "merge --checkpoint model --stats model.safetensors --method ream --keep 4 --output model --overwrite",
+            "must stay",
+        ),
+        ("reduce --checkpoint model --method int8 --output model --overwrite", "would replace --checkpoint"),
+        ("recover --checkpoint model --teacher other --data text.txt --output other --overwrite", "replace --teacher"),
         ("verify --source model --pruned other", "has no manifest.json"),
         ("record --checkpoint model --data none.txt --output s.safetensors", "none.txt"),
         ("recover --checkpoint model --teacher other --data text.txt --train heads --output out", "not 'heads'"),

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from xmoe.checkpoint.layouts import mismatch, native_shapes
+from xmoe.checkpoint.opened import ADAPTER
 from xmoe.checkpoint.shards import read_header, read_json
 from xmoe.errors import CheckpointError, ConfigError
 from xmoe.model.adapter import GROUPS, LoRA, Settings, adapted, adapters, attach, detach, weight_of
@@ -30,7 +31,7 @@ from xmoe.model.transformer import Transformer
 from xmoe.quantization.packed import PackedWeight
 
 SCHEMA_VERSION = 1
-ABOUT, TENSORS = "adapter.json", "adapter.safetensors"
+ABOUT, TENSORS = ADAPTER, "adapter.safetensors"
 MERGED = "merge.json"
 
 Weight = Tensor | PackedWeight

@@ -30,6 +30,10 @@ from xmoe.quantization import mxfp4
 from xmoe.quantization.packed import FORMATS, PackedWeight
 
 
+ADAPTER = "adapter.json"
+"""What a folder has that holds no model but an adapter of one: see :mod:`xmoe.checkpoint.adapters`."""
+
+
 class Checkpoint:
     """An opened checkpoint of any layout. Opening reads headers and config.json, no weights.
 
@@ -47,6 +51,10 @@ class Checkpoint:
     def __init__(self, path: str | Path):
         self.folder = local_folder(path)
         file = self.folder / config_files.CONFIG
+        if not file.is_file() and (self.folder / ADAPTER).is_file():
+            raise CheckpointError(
+                f"{self.folder} holds an adapter and no model; give it as --adapter, beside the --checkpoint it was trained on"
+            )
         if not file.is_file() and not any(self.folder.glob("*.safetensors")):
             ShardReader(self.folder)  # says what is there instead of weights
         content = config_files.read_config(self.folder)

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xmoe.errors import ConfigError
+from xmoe.kernels import dispatch
 from xmoe.model.adapter import LoRA
 
 
@@ -73,7 +73,7 @@ class Router(nn.Module):
             )
         with torch.autocast(x.device.type, enabled=False):
             given = x.to(self.weight.dtype)
-            logits = F.linear(given, self.weight, self.bias)
+            logits = dispatch.linear(given, self.weight, self.bias)
             if self.adapter is not None:
                 logits = logits + self.adapter(given)
         scores = logits.detach() if self.selection_bias is None else logits.detach().float() + self.selection_bias

@@ -38,6 +38,20 @@ def takes(*weights: Tensor | PackedWeight) -> bool:
     return all(isinstance(w, Tensor) or w.format == "low-rank" for w in weights)
 
 
+class _Forgets:
+    """A context that keeps nothing, for where no gradient can be asked for: autograd's own costs more than a small kernel."""
+
+    def save_for_backward(self, *_: Tensor | None) -> None:
+        pass
+
+    mark_non_differentiable = save_for_backward
+
+
+def _apply(function: type[Function], *arguments):
+    """`function.apply`, or its forward pass alone where gradients are off."""
+    return function.apply(*arguments) if torch.is_grad_enabled() else function.forward(_Forgets(), *arguments)
+
+
 # ------------------------------------------------------------------------------------------------ matrix products
 
 
@@ -126,9 +140,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """See :func:`xmoe.kernels.reference.linear`."""
     dtype, rows = compute_dtype(x), x.numel() // max(x.shape[-1], 1)
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    if not trains and 0 < rows <= _FEW_ROWS and weight.dtype == dtype and len(weight) >= 4 and weight.is_contiguous():
+    if not trains and 0 < rows <= _FEW_ROWS and weight.dtype == dtype and weight.is_contiguous():
         return _few_rows(x.to(dtype).contiguous(), weight, bias, rows)
-    return _Linear.apply(x, weight, bias, dtype)
+    return _apply(_Linear, x, weight, bias, dtype)
 
 
 _FEW_ROWS = 4  # as MOST_ROWS of few.c
@@ -177,7 +191,7 @@ class _RMSNorm(Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See :func:`xmoe.kernels.reference.rms_norm`; inside autocast the result has its dtype, ready for a product."""
-    return _RMSNorm.apply(x, weight, eps, compute_dtype(x))
+    return _apply(_RMSNorm, x, weight, eps, compute_dtype(x))
 
 
 def _packed_heads(x: Tensor) -> Tensor:
@@ -208,7 +222,7 @@ class _Rope(Function):
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """See :func:`xmoe.kernels.reference.rope`."""
-    return _Rope.apply(x, cos.float().contiguous(), sin.float().contiguous())
+    return _apply(_Rope, x, cos.float().contiguous(), sin.float().contiguous())
 
 
 # ------------------------------------------------------------------------------------------------ attention
@@ -281,7 +295,7 @@ def attention(
         q_pos, k_pos = (p.expand(q.shape[0], -1).contiguous() for p in (q_pos, k_pos))
     keep = torch.is_grad_enabled()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _Attention.apply(q, k, v, sinks, window, q_pos, k_pos, scale, keep)
+    return _apply(_Attention, q, k, v, sinks, window, q_pos, k_pos, scale, keep)
 
 
 # ------------------------------------------------------------------------------------------------ experts
@@ -428,7 +442,7 @@ def experts(
     dtype = compute_dtype(x)
     scales, adapters = parts(gate_up_adapter, down_adapter)
     layer = gate_up, gate_up_bias, down, down_bias
-    return _Experts.apply(x, indices, weights, *layer, limit, alpha, norms, dtype, scales, *adapters)
+    return _apply(_Experts, x, indices, weights, *layer, limit, alpha, norms, dtype, scales, *adapters)
 
 
 # ------------------------------------------------------------------------------------------------ loss

@@ -27,11 +27,14 @@ typedef float ready;
 #endif
 #define CHUNK (LANES * 8)               /* weights in a vector of packed bytes */
 #define CHUNK_GROUPS (CHUNK / GROUP)    /* = LANES / 4, so LANES groups are 4 chunks */
+/* Rows of a weight that are read together, far from each other: neighbours share pages, and such streams the hardware does
+ * not tell apart, which costs a third of the bandwidth. */
 #if defined(__AVX512F__)
-#define ROWS_AT_ONCE 4
+#define STREAMS 4
 #else
-#define ROWS_AT_ONCE 2
+#define STREAMS 2
 #endif
+#define AHEAD 1024 /* bytes of a stream from what is read to what is asked for */
 #define TOKENS_AT_ONCE 4
 #define TASK_ROWS 64   /* rows of a weight a task takes: with gates and ups in turn, one group of activations */
 #define TASK_TOKENS 16 /* tokens of one expert that a task takes; it reads the rows again for each 4, from the cache */
@@ -101,12 +104,29 @@ INLINE float scale_value(uint8_t s) {
     union { uint32_t u; float f; } c = {s ? (uint32_t)s << 23 : 0x00400000u};
     return c.f;
 }
+/* LANES bytes as integers; compilers take a general conversion of bytes apart, one by one */
+INLINE vu load_bytes(const uint8_t *p) {
+#if defined(__AVX512F__)
+    return (vu)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
+#elif defined(__AVX2__)
+    return (vu)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
+#else
+    typedef uint8_t bytes __attribute__((vector_size(LANES)));
+    bytes b;
+    memcpy(&b, p, LANES);
+    return __builtin_convertvector(b, vu);
+#endif
+}
 /* the scales of LANES groups, of which `left` exist */
 INLINE vf load_scales(const uint8_t *p, int64_t left) {
-    typedef uint8_t bytes __attribute__((vector_size(LANES)));
-    bytes b = {0};
-    memcpy(&b, p, left < LANES ? left : LANES);
-    return scale_values(__builtin_convertvector(b, vu));
+    if (left >= LANES) return scale_values(load_bytes(p));
+#if defined(__AVX512F__) /* a masked load need not wait for bytes on their way through memory */
+    return scale_values((vu)_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8((1u << left) - 1, p)));
+#else
+    uint8_t part[LANES] = {0};
+    memcpy(part, p, left);
+    return scale_values(load_bytes(part));
+#endif
 }
 /* the scales of one chunk out of four, each over the lanes of its group */
 INLINE vf spread(vf scales, int chunk) {
@@ -120,37 +140,43 @@ INLINE vf spread(vf scales, int chunk) {
     return splat(scales[chunk]);
 #endif
 }
+/* LANES * 4 packed bytes, of which `bytes` exist */
 INLINE vu load_packed(const uint8_t *p, int64_t bytes) {
     if (bytes >= LANES * 4) return load_unit(p);
+#if defined(__AVX512F__)
+    return (vu)_mm512_maskz_loadu_epi32((1u << bytes / 4) - 1, p);
+#else
     uint8_t part[LANES * 4] = {0};
     memcpy(part, p, bytes);
     return load_unit(part);
+#endif
 }
 /* ------------------------------------------------------------------------------------------------- few rows */
 
-/* sums += `left` groups, up to LANES, of `rows` rows of a weight times `tokens` rows of activations */
-INLINE void add_groups(int rows, int tokens, int64_t left, const uint8_t *blocks, const uint8_t *scales, int64_t groups,
-                       const ready *const *x, int64_t at, vf sums[ROWS_AT_ONCE][TOKENS_AT_ONCE]) {
-    vf factors[ROWS_AT_ONCE];
+/* sums[i] += `left` groups from group g on, up to LANES, of one row of a weight a stream times `tokens` rows of activations */
+INLINE void add_groups(int tokens, int64_t left, const uint8_t *const *blocks, const uint8_t *const *scales, int64_t g,
+                       const ready *const *x, vf sums[STREAMS][TOKENS_AT_ONCE]) {
+    vf factors[STREAMS];
 #pragma GCC unroll 4
-    for (int r = 0; r < rows; r++) factors[r] = load_scales(scales + r * groups, left);
+    for (int i = 0; i < STREAMS; i++) factors[i] = load_scales(scales[i] + g, left);
 #pragma GCC unroll 4
     for (int c = 0; c < 4; c++) {
         if (c * CHUNK_GROUPS >= left) break;
+        int64_t at = g * GROUP + c * CHUNK;
 #pragma GCC unroll 4
-        for (int r = 0; r < rows; r++) {
-            const uint8_t *from = blocks + r * groups * GROUP_BYTES + c * LANES * 4;
+        for (int i = 0; i < STREAMS; i++) {
+            const uint8_t *from = blocks[i] + at / 2;
             vu packed = load_packed(from, (left - c * CHUNK_GROUPS) * GROUP_BYTES), weights[STEPS];
-            __builtin_prefetch(from + rows * groups * GROUP_BYTES); /* the rows that come next */
+            __builtin_prefetch(from + AHEAD, 0, 2);
 #pragma GCC unroll 8
             for (int s = 0; s < STEPS; s++) weights[s] = step_values(packed, s);
-            vf factor = spread(factors[r], c);
+            vf factor = spread(factors[i], c);
 #pragma GCC unroll 4
             for (int t = 0; t < tokens; t++) {
                 vf part = splat(0.0f);
 #pragma GCC unroll 8
-                for (int s = 0; s < STEPS; s++) part = step_product(part, weights[s], x[t] + at + c * CHUNK + s * (CHUNK / STEPS));
-                sums[r][t] += part * factor;
+                for (int s = 0; s < STEPS; s++) part = step_product(part, weights[s], x[t] + at + s * (CHUNK / STEPS));
+                sums[i][t] += part * factor;
             }
         }
     }
@@ -159,18 +185,22 @@ INLINE void add_groups(int rows, int tokens, int64_t left, const uint8_t *blocks
 /* out[t * TASK_ROWS + r] = row r of the weight times row t of x */
 INLINE void rows_by_tokens(int tokens, const uint8_t *blocks, const uint8_t *scales, int64_t groups, int64_t rows,
                            const ready *const *x, float *out) {
-    for (int64_t r = 0; r < rows; r += ROWS_AT_ONCE) {
-        vf sums[ROWS_AT_ONCE][TOKENS_AT_ONCE] = {0};
-        const uint8_t *b = blocks + r * groups * GROUP_BYTES, *s = scales + r * groups;
-        int64_t g = 0;
-        for (; g + LANES <= groups; g += LANES)
-            add_groups(ROWS_AT_ONCE, tokens, LANES, b + g * GROUP_BYTES, s + g, groups, x, g * GROUP, sums);
-        if (g < groups)
-            add_groups(ROWS_AT_ONCE, tokens, groups - g, b + g * GROUP_BYTES, s + g, groups, x, g * GROUP, sums);
+    int64_t each = (rows + STREAMS - 1) / STREAMS; /* rows of a stream */
+    for (int64_t r = 0; r < each; r++) {
+        vf sums[STREAMS][TOKENS_AT_ONCE] = {0};
+        int64_t g = 0, row[STREAMS];
+        const uint8_t *b[STREAMS], *s[STREAMS];
 #pragma GCC unroll 4
-        for (int i = 0; i < ROWS_AT_ONCE; i++)
+        for (int i = 0; i < STREAMS; i++) { /* where they do not divide evenly, the last one is computed more than once */
+            row[i] = smaller(r + i * each, rows - 1);
+            b[i] = blocks + row[i] * groups * GROUP_BYTES, s[i] = scales + row[i] * groups;
+        }
+        for (; g + LANES <= groups; g += LANES) add_groups(tokens, LANES, b, s, g, x, sums);
+        if (g < groups) add_groups(tokens, groups - g, b, s, g, x, sums);
 #pragma GCC unroll 4
-            for (int t = 0; t < tokens; t++) out[t * TASK_ROWS + r + i] = total_lanes(sums[i][t]);
+        for (int i = 0; i < STREAMS; i++)
+#pragma GCC unroll 4
+            for (int t = 0; t < tokens; t++) out[t * TASK_ROWS + row[i]] = total_lanes(sums[i][t]);
     }
 }
 
@@ -329,11 +359,8 @@ int NAME(packed_experts)(const element *x, const int64_t *indices, const float *
 /* to[32] = one group, in the order of its elements; exact */
 INLINE void decode_group(element *to, const uint8_t *blocks, uint8_t scale) {
     vf factor = splat(scale_value(scale));
-    typedef uint8_t bytes __attribute__((vector_size(LANES)));
     for (int i = 0; i < GROUP_BYTES; i += LANES) {
-        bytes b;
-        memcpy(&b, blocks + i, LANES);
-        vu v = __builtin_convertvector(b, vu);
+        vu v = load_bytes(blocks + i);
         vf even = nibble_values(v) * factor, odd = nibble_values(v >> 4) * factor;
 #if defined(XMOE_ELEMENT_BF16)
         store_unit(to + 2 * i, (vu)even >> 16 | ((vu)odd & 0xffff0000u)); /* bf16 holds every value: nothing is lost */

@@ -2,11 +2,13 @@
 
 Speed must not depend on what a random model happens to say, so the model computes every layer in full and then says what
 a script wants: Python source with one name changed throughout (it repeats its prompt), or other source (it does not).
+Drafters that ask a model are measured at their very best: draft and model follow one script, so every guess is right.
 Plain and speculative runs alternate; the median of their ratios is reported. Exit 1 where the two texts differ.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import statistics
@@ -19,6 +21,7 @@ from xmoe.outputs import new_file
 
 EXAMPLE = "python benchmarks/speculative.py --preset ultra_light --output benchmarks/results/speculative.json"
 AHEAD = (1, 2, 3, 5, 9)  # tokens of a pass
+BEST_CASE_TOKENS = 4  # drafted at a time by a model
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,12 +49,13 @@ def main(argv: list[str] | None = None) -> int:
         "dtype": str(model.unembedding.dtype).removeprefix("torch."),
         "passes": _passes(model, args.repeat),
         "prompt_lookup": [_lookup(model, name, args) for name in ("repeats its prompt", "does not repeat")],
+        "every_guess_right": _best_cases(model, args),
     }
     print(json.dumps(result) if args.json else _table(result))
     if args.output:
         with new_file(args.output, args.overwrite) as partial:
             partial.write_text(json.dumps(result, indent=1) + "\n")
-    return 0 if all(run["same_text"] for run in result["prompt_lookup"]) else 1
+    return 0 if all(run["same_text"] for run in result["prompt_lookup"] + result["every_guess_right"]) else 1
 
 
 def _model(args):
@@ -111,6 +115,7 @@ class Scripted:
 
     def __init__(self, model, script: list[int]):
         self.model, self.config, self.device, self.script = model, model.config, model.device, script
+        self.blocks = model.blocks
 
     def features(self, tokens, cache, **options):
         start = cache.length
@@ -137,11 +142,9 @@ def _texts() -> dict[str, tuple[str, str]]:
     }
 
 
-def _lookup(model, name: str, args) -> dict:
+def _scripted(model, name: str) -> tuple[Scripted, list[int]]:
+    """The model that says text `name`, and its prompt."""
     from xmoe.data.tokenizer import Tokenizer
-    from xmoe.generation.drafters import PromptLookup
-    from xmoe.generation.generate import stream
-    from xmoe.generation.speculative import Speculative
 
     # Words of the usual length: with bytes for tokens everything would repeat itself.
     tokenizer = Tokenizer.train(
@@ -149,8 +152,12 @@ def _lookup(model, name: str, args) -> dict:
     )
     prompt, continuation = (tokenizer.encode(text) for text in _texts()[name])
     prompt = prompt[:512]
-    scripted = Scripted(model, prompt + continuation)
-    source = Speculative(PromptLookup(), args.draft_tokens)
+    return Scripted(model, prompt + continuation), prompt
+
+
+def _race(name: str, scripted: Scripted, prompt: list[int], source, args) -> dict:
+    """Plain decoding and `source` in turn: medians, ratios, and whether they said the same."""
+    from xmoe.generation.generate import stream
 
     def run(source) -> tuple[float, list[int]]:
         settings = {"temperature": 0, "max_new_tokens": args.new_tokens, "stop_tokens": ()}
@@ -172,6 +179,40 @@ def _lookup(model, name: str, args) -> dict:
     }
 
 
+def _lookup(model, name: str, args) -> dict:
+    from xmoe.generation.drafters import PromptLookup
+    from xmoe.generation.speculative import Speculative
+
+    scripted, prompt = _scripted(model, name)
+    return _race(name, scripted, prompt, Speculative(PromptLookup(), args.draft_tokens), args)
+
+
+def _best_cases(model, args) -> list[dict]:
+    """The drafters that ask a model, if every guess were right: no real draft can gain more than this."""
+    from xmoe.generation.drafters import Checkpoint, SameWeights
+    from xmoe.generation.speculative import Speculative
+    from xmoe.model.transformer import build
+
+    config = model.config
+    layers = max(1, config.num_hidden_layers // 6)
+    kinds = config.layer_types[:layers]
+    experts = [config.experts_in_layer(i) for i in range(config.num_hidden_layers)]
+    # An embedding of its own of the same width: the draft's share of the time is its layers and its unembedding.
+    small = build(
+        dataclasses.replace(config, num_hidden_layers=layers, layer_types=kinds, num_experts=experts[0]),
+        model.device, model.unembedding.dtype, args.seed,
+    ).eval()  # fmt: skip
+    scripted, prompt = _scripted(model, "does not repeat")
+    half = [list(range(max(n // 2, config.num_experts_per_tok))) for n in experts]
+    drafters = {
+        f"{layers} of {config.num_hidden_layers} layers": Checkpoint(Scripted(small, scripted.script)),
+        "half of the experts kept": SameWeights(scripted, kept=half),
+    }
+    if config.num_experts_per_tok > 1:
+        drafters["one expert a token"] = SameWeights(scripted, 1)
+    return [_race(name, scripted, prompt, Speculative(d, BEST_CASE_TOKENS), args) for name, d in drafters.items()]
+
+
 def _table(result: dict) -> str:
     passes = result["passes"]
     lines = [
@@ -182,16 +223,21 @@ def _table(result: dict) -> str:
         "cost of a drafted one " + " " * 9 + "".join(f"{c:>9}" for c in passes["cost_of_a_drafted_token"].values()),
         *(f"a draft with {k} experts costs {share:.2f} of a pass" for k, share in passes["fewer_experts"].items()),
         "",
-        f"{'prompt lookup':20}{'plain tok/s':>13}{'tok/s':>9}{'ratio':>8}{'(least, most)':>17}{'accepted':>10}{'a pass':>8}",
     ]
-    for run in result["prompt_lookup"]:
-        spread = f"({run['ratio_least']:.2f}, {run['ratio_most']:.2f})"
-        rate = "-" if run["acceptance_rate"] is None else f"{run['acceptance_rate']:.0%}"
-        lines.append(
-            f"{run['text']:20}{run['plain_tokens_per_second']:>13}{run['tokens_per_second']:>9}{run['ratio']:>8.2f}"
-            f"{spread:>17}{rate:>10}{run['tokens_per_pass']:>8.2f}"
-        )
+    columns = f"{'plain tok/s':>13}{'tok/s':>9}{'ratio':>8}{'(least, most)':>17}{'accepted':>10}{'a pass':>8}"
+    for heading in ("prompt_lookup", "every_guess_right"):
+        lines.append(f"{heading.replace('_', ' '):26}{columns}")
+        lines += [_row(run) for run in result[heading]]
     return "\n".join(lines)
+
+
+def _row(run: dict) -> str:
+    spread = f"({run['ratio_least']:.2f}, {run['ratio_most']:.2f})"
+    rate = "-" if run["acceptance_rate"] is None else f"{run['acceptance_rate']:.0%}"
+    return (
+        f"{run['text']:26}{run['plain_tokens_per_second']:>13}{run['tokens_per_second']:>9}{run['ratio']:>8.2f}"
+        f"{spread:>17}{rate:>10}{run['tokens_per_pass']:>8.2f}"
+    )
 
 
 if __name__ == "__main__":

@@ -7,20 +7,31 @@ log-likelihoods, rolling log-likelihoods and generated text; each is handed to t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from evaluation.averages import NORMAL_95
 from evaluation.chat_modes import end_tokens, plain_text
 from evaluation.results import Report, describe_environment, describe_model
+from evaluation.rows import load_rows
 from evaluation.runner import make_scorer
 from evaluation.scoring import Scorer
 from evaluation.settings import EvalConfig
-from evaluation.tasks import ALIASES, HARNESS_SEED, Request
+from evaluation.tasks import ALIASES, HARNESS_SEED, Benchmark, Request, find, wikitext_pages
 from xmoe.data.tokenizer import check_vocabulary
 from xmoe.errors import ConfigError
 from xmoe.generation.generate import generate
 
 TESTED_VERSION = "0.4.13"
+THEIR_YAML = {
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "lambada": "lambada/lambada_openai.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "arc_challenge": "arc/arc_challenge.yaml",
+    "wikitext": "wikitext/wikitext.yaml",
+    "gsm8k": "gsm8k/gsm8k.yaml",
+}
 THEIR_NAME = {ours: theirs for theirs, ours in ALIASES.items() if theirs == "lambada_openai"}
 
 
@@ -125,6 +136,59 @@ def evaluate_with_harness(
         log_samples=False,
     )
     return _report(found, model, scorer, config, checkpoint, plan)
+
+
+def task_on_files(name: str, data_dir: str, max_new_tokens: int | None = None):
+    """The harness's built-in task of benchmark `name`, with the rows under `data_dir` in place of its download.
+
+    name: of one of our benchmarks, or `mmlu/SUBJECT`. max_new_tokens: in place of the task's own. For checks of the two
+    engines against each other; uses parts of the harness that are not its public interface.
+    """
+    _require()
+    import datasets
+    import lm_eval
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    name, _, subject = name.partition("/")
+    benchmark = find(name)
+    yaml = f"mmlu/default/mmlu_{subject}.yaml" if subject else THEIR_YAML[benchmark.name]
+    config = load_yaml(Path(lm_eval.__file__).parent / "tasks" / yaml)
+    split = config.get("test_split") or config["validation_split"]
+    # A task that is zero-shot by custom may come without the rows to draw examples from.
+    shots = benchmark.shots_default
+    roles = {split: "eval"} | ({"dev" if subject else "train": "fewshot"} if shots else {})
+    tables = datasets.DatasetDict(
+        {s: datasets.Dataset.from_list(_their_rows(benchmark, role, data_dir, subject)) for s, role in roles.items()}
+    )
+    config |= {
+        "dataset_path": None,
+        "dataset_name": None,
+        "training_split": None,
+        "validation_split": None if config.get("test_split") else split,
+        "fewshot_split": list(roles)[1] if shots else None,
+        "num_fewshot": shots,
+        "custom_dataset": lambda **_: tables,
+    }
+    if benchmark.kind == "generate" and max_new_tokens is not None:
+        config["generation_kwargs"] = config["generation_kwargs"] | {"max_gen_toks": max_new_tokens}
+    task = ConfigurableTask(config=config)
+    task.set_fewshot_seed(HARNESS_SEED)
+    return task
+
+
+def _their_rows(benchmark: Benchmark, role: str, data_dir: str, subject: str) -> list[dict[str, Any]]:
+    """Rows of our files with the fields of the hub's tables, which the harness expects."""
+    rows, _ = load_rows(benchmark.name, benchmark.location, role, data_dir)
+    if benchmark.kind == "rolling":
+        return [{"page": row.text("page")} for row in wikitext_pages(rows)]
+    if not subject:
+        return [{k: str(v) if k == "label" else v for k, v in row.fields.items()} for row in rows]
+    return [
+        {"question": e.question, "choices": list(e.choices), "answer": e.gold}
+        for e in benchmark.examples(rows)
+        if e.group == subject
+    ]
 
 
 def _report(found: dict, model, scorer: Scorer, config: EvalConfig, checkpoint: str, plan: str | None) -> Report:

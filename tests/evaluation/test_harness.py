@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
 
 from evaluation import evaluate
-from evaluation.harness import adapter, evaluate_with_harness, harness_metrics
-from evaluation.rows import load_rows
+from evaluation.harness import THEIR_YAML, adapter, evaluate_with_harness, harness_metrics, task_on_files
 from evaluation.scoring import Scorer
 from evaluation.settings import EvalConfig
-from evaluation.tasks import BENCHMARKS, HARNESS_SEED
 from xmoe.errors import ConfigError
 
 
@@ -33,51 +30,6 @@ def test_metrics_take_our_form():
     assert found["exact_match/strict-match"] == {"value": 0.5, "stderr": None, "ci95": None, "n": 8}
 
 
-SHOTS = {"gsm8k": 2, "arc_easy": 1}
-YAMLS = {
-    "hellaswag": "hellaswag/hellaswag.yaml",
-    "lambada": "lambada/lambada_openai.yaml",
-    "winogrande": "winogrande/default.yaml",
-    "arc_easy": "arc/arc_easy.yaml",
-    "wikitext": "wikitext/wikitext.yaml",
-    "gsm8k": "gsm8k/gsm8k.yaml",
-}
-
-
-def their_task(name: str, data_dir):
-    """The harness's built-in task with our rows in place of its download."""
-    import datasets
-    import lm_eval
-    from lm_eval.api.task import ConfigurableTask
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    location = BENCHMARKS[name].location
-    rows, _ = load_rows(name, location, "eval", data_dir)
-    config = load_yaml(Path(lm_eval.__file__).parent / "tasks" / YAMLS[name])
-    split = config.get("test_split") or config["validation_split"]
-    table = datasets.Dataset.from_list([{k: str(v) if k == "label" else v for k, v in r.fields.items()} for r in rows])
-    shots = {}
-    if name in SHOTS:
-        shots["train"] = datasets.Dataset.from_list(
-            [r.fields for r in load_rows(name, location, "fewshot", data_dir)[0]]
-        )
-    config |= {
-        "dataset_path": None,
-        "dataset_name": None,
-        "training_split": None,
-        "validation_split": None if config.get("test_split") else split,
-        "fewshot_split": "train" if shots else None,
-        "num_fewshot": SHOTS.get(name, 0),
-        "test_split": split if config.get("test_split") else None,
-        "custom_dataset": lambda **_: datasets.DatasetDict({split: table} | shots),
-    }
-    if name == "gsm8k":
-        config["generation_kwargs"] = config["generation_kwargs"] | {"max_gen_toks": 12}
-    task = ConfigurableTask(config=config)
-    task.set_fewshot_seed(HARNESS_SEED)
-    return task
-
-
 THEIR_METRIC = {"exact_match": "exact_match,strict-match", "flexible_match": "exact_match,flexible-extract"}
 
 
@@ -90,22 +42,24 @@ def referee(model, tokenizer, data_dir, monkeypatch, tmp_path):
     scorer = Scorer(model, tokenizer, max_length=512)
 
     def judge(name: str) -> dict:
-        task = their_task(name, data_dir)
+        task = task_on_files(name, str(data_dir), max_new_tokens=12)
         found = lm_eval.evaluate(lm=adapter(scorer), task_dict={name: task}, bootstrap_iters=0, log_samples=False)
         return found["results"][name]
 
     return judge
 
 
-@pytest.mark.parametrize("name", list(YAMLS))
+@pytest.mark.parametrize("name", [*THEIR_YAML, "mmlu/virology"])
 def test_our_numbers_are_the_harness_s(name, referee, model, tokenizer, data_dir):
     theirs = referee(name)
-    settings = {"num_fewshot": SHOTS.get(name), "max_new_tokens": 12}
+    name, _, subject = name.partition("/")
+    settings = {"max_new_tokens": 12, "subjects": (subject,) if subject else ()}
     ours = evaluate(model, tokenizer, name, data_dir=str(data_dir), max_length=512, **settings).results[name]
+    ours |= {"acc": ours["micro"]} if subject else {}
     compared = 0
     for metric, numbers in ours.items():
         key = THEIR_METRIC.get(metric, f"{metric},none")
         if key in theirs:
             assert numbers["value"] == pytest.approx(theirs[key], rel=1e-5), metric
             compared += 1
-    assert compared == {"lambada": 2, "winogrande": 1, "wikitext": 3}.get(name, 2)
+    assert compared == {"mmlu": 1, "winogrande": 1, "wikitext": 3}.get(name, 2)

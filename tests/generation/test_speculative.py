@@ -169,3 +169,5 @@ def test_mistakes_are_one_line(random_model):
         SameWeights(model)
     with pytest.raises(ConfigError, match="expected 1 to 10"):
         SameWeights(model, num_experts_per_tok=11)
+    with pytest.raises(ConfigError, match="4 experts per token saves nothing: the model itself visits 3"):
+        SameWeights(model, num_experts_per_tok=4)

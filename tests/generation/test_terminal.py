@@ -51,7 +51,11 @@ def test_thoughts_are_apart_and_figures_on_standard_error(capsys):
 
 def test_thoughts_can_be_hidden(capsys):
     Terminal(Session(THOUGHT), "x", hide_analysis=True).answer_once("q")
-    assert capsys.readouterr().out == "yes!\n"
+    out, err = capsys.readouterr()
+    assert out == "yes!\n" and "hidden" not in err
+    Terminal(Session([*THOUGHT[:2], END]), "x", hide_analysis=True).answer_once("q")
+    out, err = capsys.readouterr()
+    assert out == "\n" and "stopped at max-new-tokens, nothing but hidden thoughts so far]" in err
 
 
 @pytest.mark.parametrize(("no_color", "dim"), [(None, "\033[2mhm\033[0m"), ("1", "hm")])

@@ -153,6 +153,12 @@ class SameWeights:
             raise ConfigError(
                 "drafting with the same weights needs fewer experts per token or a plan, or it saves nothing"
             )
+        usual = model.config.num_experts_per_tok
+        if kept is None and usual <= num_experts_per_tok <= model.config.experts_in_layer(0):
+            raise ConfigError(
+                f"a draft with {num_experts_per_tok} experts per token saves nothing: the model itself visits {usual}; "
+                "expected fewer"
+            )
         self.model = model
         self.k = experts_per_token(model.config, num_experts_per_tok)
         self._routers = [block.moe.router for block in model.blocks]

@@ -85,12 +85,14 @@ class Terminal:
 
     def _show(self, pieces: Generator[Said], first: Said) -> None:
         """Prints an answer as it comes, thoughts dimmed or left out, then a line of figures."""
-        shown = None  # the channel on the screen
+        shown, hidden = None, False  # the channel on the screen; whether thoughts were left out
         try:
             piece = first
             while True:
                 channel = piece.channel or "final"
-                if piece.text and not (channel == "analysis" and self.hide_analysis):
+                if piece.text and channel == "analysis" and self.hide_analysis:
+                    hidden = True
+                elif piece.text:
                     if shown not in (None, channel):
                         print("\n")
                     shown = channel
@@ -99,11 +101,12 @@ class Terminal:
                     break
                 piece = next(pieces)
             print(flush=True)
-            print(_dimmed(self._figures(piece), sys.stderr), file=sys.stderr, flush=True)
+            only_thoughts = hidden and shown is None
+            print(_dimmed(self._figures(piece, only_thoughts), sys.stderr), file=sys.stderr, flush=True)
         finally:
             pieces.close()  # what was said so far is kept, also when Ctrl-C cut it short
 
-    def _figures(self, last: Said) -> str:
+    def _figures(self, last: Said, only_thoughts: bool = False) -> str:
         timing = last.timing
         parts = [f"{timing.new_tokens} tokens"]
         if rate := timing.decode_tokens_per_second:
@@ -113,6 +116,8 @@ class Terminal:
             parts.append(self.session.source.report.summary())
         if last.finish_reason in REASONS:
             parts.append(REASONS[last.finish_reason])
+        if only_thoughts:
+            parts.append("nothing but hidden thoughts so far")
         return f"[{', '.join(parts)}]"
 
     # A conversation -----------------------------------------------------------------------------------------------------

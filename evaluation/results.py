@@ -177,12 +177,15 @@ def _finite(value: Any) -> Any:
 
 def describe_model(model, checkpoint: str = "") -> dict[str, Any]:
     """What was measured: parameter counts, experts, and a hash over every byte of every weight."""
+    from xmoe.model.describe import model_parameter_counts
+
     config = model.config
+    total, active = model_parameter_counts(model)
     return {
         "checkpoint": checkpoint,
         "hash": weights_hash(model),
-        "parameters": config.parameter_count(),
-        "active_parameters": config.active_parameter_count(),
+        "parameters": total,
+        "active_parameters": active,
         "num_experts": config.num_experts,
         "num_experts_per_tok": config.num_experts_per_tok,
         "num_hidden_layers": config.num_hidden_layers,

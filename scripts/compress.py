@@ -192,13 +192,14 @@ def recorded(args: argparse.Namespace, recipe):
 
 
 def plan_from(args: argparse.Namespace):
-    """The plan that flags and recipe ask for; the weights are opened only for criteria that look at them.
+    """The plan that flags and recipe ask for; weights are read only for criteria that look at them, layer by layer.
 
     Where there are no statistics and the criterion needs some, they are recorded as the recipe says.
     """
-    from xmoe.checkpoint.weights import load
+    from xmoe.checkpoint.opened import Checkpoint
     from xmoe.compression.criteria import ACTIVATION, RECONSTRUCTION, WEIGHTS
     from xmoe.compression.fingerprint import load_ranking
+    from xmoe.compression.layerwise import StoredModel
     from xmoe.compression.plan import plan_pruning
     from xmoe.compression.recipe import places as resolved
     from xmoe.errors import ConfigError
@@ -212,8 +213,7 @@ def plan_from(args: argparse.Namespace):
     looks_at_weights = chosen.criterion in (*WEIGHTS, *RECONSTRUCTION) or chosen.budget == "sensitivity"
     model = None
     if args.checkpoint and (stats is None or looks_at_weights):
-        device, dtype = device_and_dtype(args)
-        model, _ = load(args.checkpoint, device, dtype)
+        model = StoredModel(Checkpoint(args.checkpoint), *device_and_dtype(args))
     if stats is None and model is None:
         raise ConfigError("give --stats STATS (compress.py record makes one) or --checkpoint")
     layers = stats.num_layers if stats is not None else model.config.num_hidden_layers
@@ -470,40 +470,74 @@ def merge(args: argparse.Namespace) -> int:
 def reduce_flags(p: argparse.ArgumentParser) -> None:
     """experts shrunk inside; a table of bytes and errors, stage by stage"""
     add_checkpoint(p)
-    p.add_argument("--method", required=True, metavar="magnitude|neurons|int8|int4|mxfp4[,...]", help="in this order")
+    p.add_argument(
+        "--method", required=True, metavar="magnitude|neurons|low-rank|int8|int4|mxfp4[,...]", help="in this order"
+    )
     p.add_argument("--fraction", type=float, metavar="F", help="of bytes, or of weights where no byte can move")
-    p.add_argument("--experts", default="", metavar="L:E,...", help="touch only these (magnitude)")
-    p.add_argument("--stats", metavar="STATS[,...]", help="recorded with --sample: scores neurons, measures outputs")
-    p.add_argument("--scope", default="tensor", metavar="tensor|expert|layer|global", help="of magnitude")
+    p.add_argument(
+        "--experts", default="", metavar="L:E,...", help="touch only these; L:* is a layer (neurons: always all)"
+    )
+    p.add_argument(
+        "--stats", metavar="STATS[,...]", help="recorded with --sample: what experts are fed, to score and fit"
+    )
+    p.add_argument("--scope", metavar="row|tensor|expert|layer|global", help="of magnitude (default: tensor; else row)")
+    p.add_argument(
+        "--score", default="magnitude", metavar="magnitude|wanda|moe-pruner", help="of magnitude: what counts as small"
+    )
     p.add_argument("--pattern", metavar="N:M", help="magnitude: keep N of every M along the inputs")
     p.add_argument("--group-size", type=int, default=32, metavar="32|64|128", help="of int4")
+    p.add_argument("--rank", metavar="R[,R]", help="of low-rank, in place of --fraction: gate_up and down")
+    p.add_argument("--whiten", action="store_true", help="fit low-rank factors to what each expert is fed")
+    add_data(p, 16_384, required=False)
     add_output(p, "DIR")
+
+
+def numbers(text: str | None, flag: str, separator: str, expected: str) -> tuple[int, int] | None:
+    """`2:4` with the separator `:` -> (2, 4)."""
+    from xmoe.errors import ConfigError
+
+    parts = (text or "").split(separator)
+    if text and not (len(parts) == 2 and all(part.isdigit() for part in parts)):
+        raise ConfigError(f"--{flag} {text}: expected {expected}")
+    return (int(parts[0]), int(parts[1])) if text else None
+
+
+def whole_layers(text: str, config) -> str:
+    """`1:*` written out as all experts of layer 1; anything else stays as it is."""
+    written = []
+    for part in filter(None, text.split(",")):
+        layer = part.removesuffix(":*")
+        if layer != part and layer.isdigit() and int(layer) < config.num_hidden_layers:
+            written += [f"{layer}:{e}" for e in range(config.experts_in_layer(int(layer)))]
+        else:
+            written.append(part)
+    return ",".join(written)
 
 
 def reduce(args: argparse.Namespace) -> int:
     from xmoe.checkpoint.weights import load
     from xmoe.compression.changed import save_changed
     from xmoe.compression.reduce import reduce as shrink
-    from xmoe.errors import ConfigError
-    from xmoe.outputs import check_free
 
-    check_free(args.output, args.overwrite)
-    pattern = None
-    if args.pattern:
-        if not all(part.isdigit() for part in args.pattern.split(":")) or args.pattern.count(":") != 1:
-            raise ConfigError(f"--pattern {args.pattern}: expected N:M, such as 2:4")
-        pattern = tuple(int(part) for part in args.pattern.split(":"))
+    check_output(args)
+    pattern = numbers(args.pattern, "pattern", ":", "N:M, such as 2:4")
+    one_rank = args.rank and args.rank.isdigit()
+    rank = numbers(f"{args.rank},{args.rank}" if one_rank else args.rank, "rank", ",", "R or R,R, such as 96,64")
     device, dtype = device_and_dtype(args)
-    model, _ = load(args.checkpoint, device, dtype)
+    model, tokenizer = load(args.checkpoint, device, dtype)
     small, stages = shrink(
         model,
         args.method.split(","),
         args.fraction,
-        experts=places(args.experts, len(model.blocks), "experts") or None,
+        experts=places(whole_layers(args.experts, model.config), len(model.blocks), "experts") or None,
         stats=load_stats(args.stats) if args.stats else None,
+        batches=data_batches(args, tokenizer, model.source.folder) if args.data else None,
         scope=args.scope,
+        score=args.score,
         pattern=pattern,
         group_size=args.group_size,
+        rank=rank,
+        whiten=args.whiten,
     )
     operations = [{"name": "reduce", "fraction": args.fraction, **stage._asdict()} for stage in stages]
     save_changed(small, args.checkpoint, args.output, operations, command=args.line, overwrite=args.overwrite)

@@ -52,6 +52,7 @@ def describe(checkpoint, context_lengths: list[int], dtype: str = "auto") -> dic
     names = [n for n in checkpoint if n.startswith("blocks.") and ".moe.experts." in n]
     expert_bytes = sum(reader[stored].nbytes for n in names for stored in checkpoint.stored_names(n))
     kv_dtype = torch.float32 if dtype == "float32" else torch.bfloat16
+    total, active = checkpoint.parameter_counts
     memory = []
     for length in context_lengths:
         cache = KVCache.planned_bytes(config, length, dtype=kv_dtype)
@@ -66,8 +67,9 @@ def describe(checkpoint, context_lengths: list[int], dtype: str = "auto") -> dic
         "other_bytes": reader.total_bytes - expert_bytes,
         "other_dtype": str(checkpoint.tensor_dtype()).removeprefix("torch."),
         "expert_formats": checkpoint.formats,
-        "parameters": config.parameter_count(),
-        "active_parameters": config.active_parameter_count(),
+        "expert_ranks": sorted({r for n in names if (r := checkpoint.rank(n)) is not None}),
+        "parameters": total,
+        "active_parameters": active,
         "layers": config.num_hidden_layers,
         "sliding_layers": config.layer_types.count("sliding_attention"),
         "sliding_window": config.sliding_window,
@@ -88,11 +90,14 @@ def as_text(content: dict[str, Any]) -> str:
     per_layer = (
         f"{counts[0]}" if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)} ({', '.join(map(str, counts))})"
     )
+    formats = " and ".join(c["expert_formats"])
+    if ranks := c["expert_ranks"]:
+        formats += f" (rank {' and '.join(map(str, ranks))})"
     full = c["layers"] - c["sliding_layers"]
     rows = [
         ("checkpoint", f"{c['checkpoint']} ({c['layout']} layout, {c['files']} files, {c['tensor_count']} tensors)"),
         ("parameters", f"{c['parameters']:,} in all, {c['active_parameters']:,} active a token"),
-        ("experts", f"{per_layer} a layer, {c['experts_per_token']} a token, in {' and '.join(c['expert_formats'])}"),
+        ("experts", f"{per_layer} a layer, {c['experts_per_token']} a token, in {formats}"),
         ("layers", f"{c['layers']}: {c['sliding_layers']} see {c['sliding_window']} tokens back, {full} see all"),
         ("widths", f"hidden {c['hidden_size']}, expert {c['intermediate_size']}, vocabulary {c['vocab_size']:,}"),
         (

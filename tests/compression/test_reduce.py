@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from xmoe.checkpoint.shards import ShardReader
 from xmoe.checkpoint.weights import load, save
+from xmoe.compression.magnitude import smallest
 from xmoe.compression.neurons import cut_neurons
 from xmoe.compression.reconstruction import expert_output
-from xmoe.compression.reduce import METHODS, mixture, reduce, smallest
+from xmoe.compression.reduce import METHODS, mixture, reduce
 from xmoe.compression.routing import record_routing
 from xmoe.errors import ConfigError
 from xmoe.quantization.packed import PackedWeight
@@ -181,14 +182,62 @@ def test_mistakes_are_one_clear_line(model, pack):
         with pytest.raises(ConfigError, match=message):
             reduce(model, *args, **options)
 
-    refused("unknown method 'svd'; there are " + ", ".join(METHODS), ["svd"])
+    refused(r"unknown method 'svd'; did you mean low-rank\? there are " + ", ".join(METHODS), ["svd"])
+    refused("did you mean neurons", ["neuron"])
+    refused("unknown method 'x'; there are", ["x"])
     for fraction in (None, 0.0, 1.0, -0.5, 2.0):
         refused("needs a fraction between 0 and 1", ["magnitude"], fraction)
-    refused("unknown scope", ["magnitude"], 0.5, scope="row")
+    refused("unknown scope", ["magnitude"], 0.5, scope="column")
+    refused("unknown score 'taylor'; there are magnitude, wanda, moe-pruner", ["magnitude"], 0.5, score="taylor")
+    refused("the score wanda looks at what experts are fed", ["magnitude"], 0.5, score="wanda")
     refused("expected N:M", ["magnitude"], pattern=(4, 2))
     refused("there is no such expert", ["magnitude"], 0.5, experts=[(0, 7)])
-    refused("leave --experts out", ["int8"], experts=[(0, 1)])
+    refused("leave --experts out", ["neurons"], 0.5, experts=[(0, 1)])
+    refused(r"name all of layer 0 \(--experts 0:\*\) or none; missing 0, 2, 3", ["int8"], experts=[(0, 1)])
     pack(model)
     refused("less than one group of 32 of the 64 neurons", ["neurons"], 0.1)
     refused("put neurons before them", ["int4", "neurons"], 0.5)
     refused("put it before int8", ["int8", "magnitude"], 0.5)
+
+
+@pytest.mark.parametrize("score", ["wanda", "moe-pruner"])
+def test_scores_by_inputs_equal_a_loop_over_tokens(model, tokens, score):
+    """|W_ij| times the length of input j over the tokens of the expert, in Python's floats; least of every row go."""
+    stats = record_routing(model, [tokens], sample=66)
+    small, (stage,) = reduce(model, ["magnitude"], 0.4, stats=stats, score=score)
+    by_text, _ = reduce(model, ["magnitude"], 0.4, batches=[tokens], score=score)
+    assert stage.detail == f"{score}, by row"
+    seen = 0
+    for layer in range(3):
+        moe, cut, other = (m.blocks[layer].moe for m in (model, small, by_text))
+        routing = moe.router(stats.sample[layer])
+        for e in range(7):
+            squares = {"gate_up": [0.0] * 32, "down": [0.0] * 64}
+            for t, x in enumerate(stats.sample[layer]):
+                for chosen, weight in zip(routing.indices[t].tolist(), routing.weights[t].tolist()):
+                    if chosen == e:
+                        g = weight if score == "moe-pruner" else 1.0
+                        hidden = expert_output(moe.experts, e, x[None])[0][0]
+                        for name, values in (("gate_up", x), ("down", hidden)):
+                            squares[name] = [s + (g * v) ** 2 for s, v in zip(squares[name], values.tolist())]
+            if not max(squares["down"]):  # no token went there
+                continue
+            seen += 1
+            for name, sums in squares.items():
+                size = getattr(moe.experts, name)[e].abs() * torch.tensor(sums).sqrt()
+                gone = getattr(cut.experts, name)[e] == 0
+                assert bool((gone.sum(1) == round(0.4 * len(sums))).all())
+                assert bool(
+                    (size.masked_fill(~gone, 0).amax(1) <= size.masked_fill(gone, 9e9).amin(1) * (1 + 1e-5)).all()
+                )
+                assert torch.equal(gone, getattr(other.experts, name)[e] == 0)
+    assert seen >= 15
+
+
+def test_input_norms_leave_out_no_expert(model, tokens):
+    """An expert that no token visits is scored by what it would have been fed."""
+    with torch.no_grad():
+        model.blocks[1].moe.router.bias[4] = -100.0
+    small, _ = reduce(model, ["magnitude"], 0.5, batches=[tokens], score="wanda", scope="layer")
+    gone = [float((small.blocks[1].moe.experts.gate_up[e] == 0).float().mean()) for e in range(7)]
+    assert 0.5 < gone[4] < 1.0 and min(gone) < 0.5

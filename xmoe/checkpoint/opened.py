@@ -26,9 +26,9 @@ from xmoe.checkpoint.layouts import (
 )
 from xmoe.checkpoint.shards import ShardReader
 from xmoe.errors import CheckpointError
+from xmoe.model.describe import parameter_counts
 from xmoe.quantization import mxfp4
 from xmoe.quantization.packed import FORMATS, PackedWeight
-
 
 ADAPTER = "adapter.json"
 """What a folder has that holds no model but an adapter of one: see :mod:`xmoe.checkpoint.adapters`."""
@@ -83,6 +83,13 @@ class Checkpoint:
         """Of an expert weight: "dense" or a format of xmoe.quantization."""
         return self._formats[name]
 
+    def rank(self, name: str) -> int | None:
+        """Rank of a low-rank expert weight; None of any other."""
+        if self._formats.get(name) != "low-rank":
+            return None
+        stored = self.reader[f"{name}.left" if f"{name}.left" in self.reader else f"{name}.right"]
+        return stored.shape[2 if stored.name.endswith(".left") else 1] if len(stored.shape) == 3 else 0
+
     def weight(self, name: str) -> Tensor | PackedWeight:
         """The native tensor `name` on the CPU, dtype and packing as stored: a view of the mapped file where it can be."""
         format = self._formats.get(name)
@@ -112,6 +119,21 @@ class Checkpoint:
         """Formats of the experts, most common first: ["mxfp4"], or ["dense", "int8"] where layers differ."""
         return [f for f, _ in Counter(self._formats.values()).most_common()]
 
+    @property
+    def spared(self) -> list[int]:
+        """For each layer, what low-rank factors spare in one expert: parameters of the whole matrices less theirs."""
+        found = [0] * self.config.num_hidden_layers
+        for name in self._formats:
+            if rank := self.rank(name):
+                _, out, width = self.shapes[name]
+                found[int(name.split(".")[1])] += out * width - rank * (out + width)
+        return found
+
+    @property
+    def parameter_counts(self) -> tuple[int, int]:
+        """All parameters, and those one token meets: of a low-rank weight what its factors hold."""
+        return parameter_counts(self.config, self.spared)
+
     # ------------------------------------------------------------------------------------------------------ checking
 
     def _count_experts(self, layers: int) -> list[int]:
@@ -135,7 +157,7 @@ class Checkpoint:
                 return "mxfp4"
             # int4 has two values a byte
             return "int8" if self.reader[values].shape[-1:] == self.shapes[name][-1:] else "int4"
-        return "dense"
+        return "low-rank" if f"{name}.left" in self.reader or f"{name}.right" in self.reader else "dense"
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
         expected: dict[str, tuple[int, ...]] = {}
@@ -146,7 +168,7 @@ class Checkpoint:
                 continue
             scales = f"{name}.scales"
             groups = self.reader[scales].shape[-1] if scales in self.reader and self.reader[scales].shape else 1
-            packed = packed_shapes(format, shape, max(shape[-1] // max(groups, 1), 1))
+            packed = packed_shapes(format, shape, max(shape[-1] // max(groups, 1), 1), self.rank(name) or 0)
             optional = FORMATS[format].optional
             expected |= {
                 f"{name}.{t}": s for t, s in packed.items() if t not in optional or f"{name}.{t}" in self.reader
@@ -181,7 +203,7 @@ class Checkpoint:
             return ()
         if self.layout.name != "native":
             return rule.foreign
-        bytes = ("blocks", "scales") if format == "mxfp4" else ("values", "zeros")
+        bytes = {"mxfp4": ("blocks", "scales"), "low-rank": ()}.get(format, ("values", "zeros"))
         return tuple(n for n in self.stored_names(rule.native) if n.rpartition(".")[2] in bytes)
 
     def tensor_dtype(self) -> torch.dtype:

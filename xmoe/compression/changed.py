@@ -10,6 +10,7 @@ from xmoe.checkpoint.shards import ShardReader
 from xmoe.checkpoint.weights import save
 from xmoe.compression import manifest
 from xmoe.compression.cut import identify
+from xmoe.model.describe import model_parameter_counts
 from xmoe.model.transformer import Transformer
 from xmoe.outputs import new_folder
 from xmoe.quantization.packed import PackedWeight
@@ -36,6 +37,7 @@ def save_changed(
     with new_folder(destination, overwrite) as partial, manifest.SourceHashes(checkpoint.reader.files) as hashes:
         save(model, partial, layout)
         reader = ShardReader(partial)
+        total, active = model_parameter_counts(model)
         manifest.write(
             partial,
             source=checkpoint,
@@ -47,8 +49,8 @@ def save_changed(
             tensors={n: manifest.sha256_of(i.file, i.start, i.stop) for n, i in reader.tensors.items()},
             after={
                 "bytes": reader.total_bytes,
-                "parameters": model.config.parameter_count(),
-                "active_parameters": model.config.active_parameter_count(),
+                "parameters": total,
+                "active_parameters": active,
             },
             command=command,
         )

@@ -24,6 +24,7 @@ from xmoe.compression.apply import pruned_config
 from xmoe.compression.identity import hash_of
 from xmoe.compression.plan import PrunePlan
 from xmoe.errors import ConfigError
+from xmoe.model.describe import parameter_counts
 from xmoe.outputs import check_free, new_folder
 
 DEAD_BIAS = -1e4
@@ -93,6 +94,7 @@ def prune_checkpoint(
         sidecars.keep(checkpoint.folder, partial)
         _write_config(checkpoint, plan, rows, partial)
         after = pruned_config(config, plan)
+        total, active = parameter_counts(after, checkpoint.spared)
         operation = {"name": "prune", "criterion": plan.criterion, "budget": plan.budget, "data": plan.data}
         if rows is not None:
             operation["padded_to"] = rows
@@ -107,8 +109,8 @@ def prune_checkpoint(
             tensors=hashes,
             after={
                 "bytes": writer.total_bytes,
-                "parameters": after.parameter_count(),
-                "active_parameters": after.active_parameter_count(),
+                "parameters": total,
+                "active_parameters": active,
             },
             command=command,
         )

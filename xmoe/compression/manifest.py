@@ -66,7 +66,7 @@ def write(
     command: str = "",
 ) -> None:
     """Write manifest.json into `folder`; see the module's page. `after` has bytes and parameters, as `before` will."""
-    config = source.config
+    total, active = source.parameter_counts
     content = {
         "schema_version": SCHEMA_VERSION,
         "command": command,
@@ -78,8 +78,8 @@ def write(
         "kept": None if kept is None else [list(row) for row in kept],
         "before": {
             "bytes": source.reader.total_bytes,
-            "parameters": config.parameter_count(),
-            "active_parameters": config.active_parameter_count(),
+            "parameters": total,
+            "active_parameters": active,
         },
         "after": dict(after),
         "tensors": dict(tensors),

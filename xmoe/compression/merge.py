@@ -67,6 +67,10 @@ def merge(
         raise ConfigError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
     if stats.model and stats.model != model_hash(model):
         raise DataError(f"the statistics are of model {stats.model}, this is model {model_hash(model)}")
+    if any(isinstance(m, PackedWeight) and m.format == "low-rank" for m in model.modules()):
+        raise ConfigError(
+            "experts stored as low-rank factors have no common basis to be averaged in; merge before low-rank"
+        )
     if stats.sample is None:
         raise DataError("merging compares experts on a token sample; record with one (--sample 512)")
     fewest = min(stats.num_experts)

@@ -1,12 +1,13 @@
-"""Shrink inside experts: magnitude, neurons, int8, int4, mxfp4, or a sequence of these; and honest bytes for each stage.
+"""Shrink inside experts: magnitude, neurons, low rank, int8, int4, mxfp4, or a sequence; and honest bytes for each stage.
 
 `fraction` means one thing for all methods: the part of the experts' bytes that goes, or of their weights where no byte
 moves (zeros in a dense or packed tensor take as much room as before). A stage's report says both, and says so too where a
 stage makes the model larger, as int8 does on MXFP4.
 
-    magnitude   the smallest |w| become zero; MXFP4 can hold zeros exactly, so its scales and other codes stay
+    magnitude   the weights that matter least become zero; MXFP4 can hold zeros exactly, so its scales and other codes stay
     neurons     rows 2i, 2i+1 of gate_up, their biases and column i of down go, the same number in every expert; MXFP4 keeps
                 its bytes, since whole aligned groups of 32 go
+    low-rank    two thin factors in place of each matrix, stored and run as such; plain, or fitted to what experts are fed
     int8 int4   per row; per group of 32 inputs; symmetric, round to nearest
     mxfp4       best of three scales a group; weights that are MXFP4 already stay as they are
 """
@@ -14,23 +15,32 @@ stage makes the model larger, as int8 does on MXFP4.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import difflib
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from xmoe.compression.identity import model_hash
+from xmoe.compression.layerwise import as_batches
+from xmoe.compression.low_rank import choose_ranks, factor_experts, is_factored
+from xmoe.compression.magnitude import SCOPES, SCORES, input_norms, prune_magnitude
 from xmoe.compression.neurons import cut_neurons, neurons_to_keep
 from xmoe.compression.reconstruction import expert_output
-from xmoe.compression.routing import RoutingStats
-from xmoe.errors import ConfigError
+from xmoe.compression.routing import RoutingStats, record_routing
+from xmoe.errors import ConfigError, DataError
 from xmoe.model.experts import Experts, MoE
 from xmoe.model.transformer import Transformer
-from xmoe.quantization.packed import PackedWeight
+from xmoe.quantization.packed import PackedWeight, dense_matrix, matrices
 
-METHODS = ("magnitude", "neurons", "int8", "int4", "mxfp4")
-SCOPES = ("tensor", "expert", "layer", "global")
+METHODS = ("magnitude", "neurons", "low-rank", "int8", "int4", "mxfp4")
+QUANTIZED = ("int8", "int4", "mxfp4")
+SAMPLE = 512
+"""Tokens on which output errors are measured where only text was given."""
+
 _WEIGHTS = ("gate_up", "down")
+_ALIASES = {"svd": "low-rank", "rank": "low-rank", "lowrank": "low-rank", "prune": "magnitude", "sparsity": "magnitude"}
 
 
 class Stage(NamedTuple):
@@ -38,7 +48,7 @@ class Stage(NamedTuple):
 
     bytes and weights (parameters of gate_up and down) before and after; zeros after. weight_error: ||W' - W|| / ||W|| for
     each layer, None where shapes changed. output_error: ||y' - y|| / ||y|| of each layer's MoE on the token sample, against
-    the model the sequence began with; None without a sample.
+    the model the sequence began with; None without a sample. detail: what the method chose, in a few words.
     """
 
     method: str
@@ -49,6 +59,7 @@ class Stage(NamedTuple):
     zeros: int
     weight_error: tuple[float, ...] | None
     output_error: tuple[float, ...] | None
+    detail: str = ""
 
     def line(self) -> str:
         """One row of the table."""
@@ -59,6 +70,7 @@ class Stage(NamedTuple):
         for name, errors in (("weights", self.weight_error), ("outputs", self.output_error)):
             if errors is not None:
                 said += f"  error of {name} {sum(errors) / len(errors):.4f}"
+        said += f"  {self.detail}" if self.detail else ""
         return said + ("  LARGER than before" if self.bytes_after > self.bytes_before else "")
 
 
@@ -70,79 +82,149 @@ def reduce(
     *,
     experts: Sequence[tuple[int, int]] | None = None,
     stats: RoutingStats | None = None,
-    scope: str = "tensor",
+    batches: Iterable | None = None,
+    scope: str | None = None,
+    score: str = "magnitude",
     pattern: tuple[int, int] | None = None,
     group_size: int = 32,
+    rank: tuple[int, int] | None = None,
+    whiten: bool = False,
 ) -> tuple[Transformer, list[Stage]]:
     """A new model with smaller experts, and a report of each stage, in the order of `methods`.
 
     Args:
-        fraction: for magnitude and neurons, see the module's page.
-        experts: (layer, expert) to touch; None is all. Only magnitude can leave some out: other methods change a tensor's
-            format or shape, which all experts of a layer share.
+        fraction: for magnitude, neurons and low-rank, see the module's page.
+        experts: (layer, expert) to touch; None is all. magnitude takes any; low-rank and the number formats take whole
+            layers, since the experts of a layer stand in one stack; neurons none, since all layers have one width.
         stats: with a token sample, neurons are scored by what they contribute to the routed outputs, the means of those
             removed go into the down bias, and output errors are reported. Without, neurons are scored by their weights.
-        scope: of magnitude: within what the smallest weights are sought.
+        batches: text, as for recording, in place of the sample or beside it: what experts are fed is then gathered from
+            all of it, layer by layer, of the model as it is when a stage begins.
+        scope: of magnitude: within what the least weights are sought; None is a tensor, or a row where `score` looks at
+            inputs, as published.
+        score: of magnitude: what makes a weight small; see :mod:`xmoe.compression.magnitude`.
         pattern: (N, M): of every M neighbours along the inputs keep the N largest, instead of `fraction`.
         group_size: of int4.
+        rank: of low-rank: those of gate_up and down, instead of `fraction`.
+        whiten: fit low-rank factors to what the experts are fed, by `batches` or the sample of `stats`.
 
     Raises:
-        ConfigError: an unknown method, a fraction outside (0, 1), a combination that cannot work.
+        ConfigError: an unknown method, a fraction outside (0, 1), a combination that cannot work, a rank that saves
+            nothing. DataError: statistics of another model.
     """
-    _check(methods, fraction, experts, scope, pattern, model)
-    small = copy.deepcopy(model)
+    methods = [_method(m) for m in methods]
+    scope = scope or ("tensor" if score == "magnitude" else "row")
+    _check(methods, fraction, scope, score, pattern, rank)
+    layers = _layers(methods, experts, model)
+    if stats is not None and stats.model and stats.model != model_hash(model):
+        raise DataError(f"the statistics are of model {stats.model}, this is model {model_hash(model)}")
+    if methods[:1] == ["low-rank"]:
+        choose_ranks(model, layers, fraction, rank)  # says no before any text is read
     sample = None if stats is None else stats.sample
-    stages = []
+    text = None if batches is None else list(as_batches(batches, model.device))
+    if (whiten or score != "magnitude") and sample is None and text is None:
+        asks = "--whiten" if whiten else f"the score {score}"
+        raise ConfigError(f"{asks} looks at what experts are fed; give --data, or --stats recorded with --sample")
+    if sample is None and text is not None:
+        sample = record_routing(model, text, sample=SAMPLE).sample
+    small, stages = model, []
     for method in methods:
-        before = _sizes(small)
-        old = [_dense(block.moe.experts) for block in small.blocks]
-        if method == "neurons":
-            small = cut_neurons(small, neurons_to_keep(small, fraction), sample)
-        elif method == "magnitude":
-            prune_magnitude(small, fraction, scope, pattern, experts)
-        else:
-            _quantize(small, method, group_size)
-        after = _sizes(small)
-        new = [_dense(block.moe.experts) for block in small.blocks]
-        same_shape = before[1] == after[1]
+        before, detail = small, ""
+        small = (
+            cut_neurons(before, neurons_to_keep(before, fraction), sample)
+            if method == "neurons"
+            else copy.deepcopy(before)
+        )
+        if method == "magnitude":
+            norms = None if score == "magnitude" else input_norms(small, score, sample, text)
+            prune_magnitude(small, fraction, scope, pattern, experts, norms)
+            detail = f"{score}, by {scope}" if pattern is None else f"{score}, {pattern[0]}:{pattern[1]}"
+        elif method == "low-rank":
+            ranks = choose_ranks(small, layers, fraction, rank)
+            fed = {"sample": None if text else sample, "batches": text} if whiten else {}
+            detail = factor_experts(small, ranks, **fed)
+        elif method in QUANTIZED:
+            _quantize(small, method, group_size, layers)
+        errors, zeros = _compare(before, small)
         stages.append(
             Stage(
                 method,
-                before[0],
-                after[0],
-                before[1],
-                after[1],
-                sum(int((w == 0).sum()) for pair in new for w in pair),
-                tuple(_relative(a, b) for a, b in zip(old, new)) if same_shape else None,
+                *(n for pair in zip(_sizes(before), _sizes(small)) for n in pair),
+                zeros,
+                errors,
                 None if sample is None else _output_errors(model, small, sample),
+                detail,
             )
         )
     return small, stages
 
 
-def _check(methods, fraction, experts, scope, pattern, model) -> None:
-    if unknown := [m for m in methods if m not in METHODS]:
-        raise ConfigError(f"unknown method {unknown[0]!r}; there are {', '.join(METHODS)}")
+# ------------------------------------------------------------------------------------------------------------ checking
+
+
+def _method(text: str) -> str:
+    name = text.strip().lower().replace("_", "-")
+    if name in METHODS:
+        return name
+    near = [_ALIASES[name]] if name in _ALIASES else difflib.get_close_matches(name, METHODS, n=1)
+    meant = f"did you mean {near[0]}? " if near else ""
+    raise ConfigError(f"unknown method {text!r}; {meant}there are {', '.join(METHODS)}")
+
+
+def _check(methods, fraction, scope, score, pattern, rank) -> None:
     if scope not in SCOPES:
         raise ConfigError(f"unknown scope {scope!r}; there are {', '.join(SCOPES)}")
-    wants = [m for m in methods if m == "neurons" or (m == "magnitude" and pattern is None)]
+    if score not in SCORES:
+        raise ConfigError(f"unknown score {score!r}; there are {', '.join(SCORES)}")
+    instead = {"neurons": False, "magnitude": pattern is not None, "low-rank": rank is not None}
+    wants = [m for m in methods if not instead.get(m, True)]
     if wants and (fraction is None or not 0.0 < fraction < 1.0):
         raise ConfigError(f"{wants[0]} needs a fraction between 0 and 1, both left out; found {fraction}")
     if pattern is not None and not 0 < pattern[0] < pattern[1]:
         raise ConfigError(f"pattern {pattern[0]}:{pattern[1]}: expected N:M with 0 < N < M, such as 2:4")
+    if "low-rank" in methods:
+        at = methods.index("low-rank")
+        if "neurons" in methods[at:]:
+            raise ConfigError("neurons cannot be cut out of low-rank weights; put neurons before them")
+        if others := [m for m in methods[:at] + methods[at + 1 :] if m != "neurons"]:
+            raise ConfigError(
+                f"low-rank and {others[0]} do not go together: factors stay in floating point, and a product of factors "
+                "has neither zeros nor codes; take one of the two (neurons may come first)"
+            )
+
+
+def _layers(methods: Sequence[str], experts: Sequence[tuple[int, int]] | None, model: Transformer) -> Collection[int]:
+    """The layers to touch; a ConfigError where the choice of experts is not possible for a method."""
+    count = len(model.blocks)
     if experts is None:
-        return
-    if whole := [m for m in methods if m != "magnitude"]:
+        touched = set(range(count))
+    else:
+        for layer, e in experts:
+            if not 0 <= layer < count or not 0 <= e < model.config.experts_in_layer(layer):
+                raise ConfigError(f"experts {layer}:{e}: there is no such expert")
+        if "neurons" in methods:
+            raise ConfigError("neurons changes the width that all experts of the model share; leave --experts out")
+        touched = {layer for layer, _ in experts}
+        if whole := [m for m in methods if m != "magnitude"]:
+            for layer in sorted(touched):
+                named = {e for i, e in experts if i == layer}
+                if missing := sorted(set(range(model.config.experts_in_layer(layer))) - named):
+                    raise ConfigError(
+                        f"{whole[0]} changes the form of the one stack that all experts of a layer stand in: name all of "
+                        f"layer {layer} (--experts {layer}:*) or none; missing {', '.join(map(str, missing[:8]))}"
+                        + (" ..." if len(missing) > 8 else "")
+                    )
+    blocked = [m for m in methods if m == "magnitude" or m in QUANTIZED]
+    factored = [i for i in sorted(touched) if is_factored(model.blocks[i].moe.experts)]
+    if blocked and factored:
         raise ConfigError(
-            f"{whole[0]} changes the format or shape that all experts of a layer share; leave --experts out"
+            f"layer {factored[0]} is stored as low-rank factors, which {blocked[0]} would have to multiply out; "
+            "reduce the checkpoint that they were made from"
         )
-    for layer, e in experts:
-        if not 0 <= layer < len(model.blocks) or not 0 <= e < model.config.experts_in_layer(layer):
-            raise ConfigError(f"experts {layer}:{e}: there is no such expert")
+    return touched
 
 
-def _dense(experts: Experts) -> list[Tensor]:
-    return [w.decode(dtype=torch.float32) if isinstance(w, PackedWeight) else w.float() for w in _weights(experts)]
+# ------------------------------------------------------------------------------------------------------------ measuring
 
 
 def _weights(experts: Experts) -> list[Tensor | PackedWeight]:
@@ -152,12 +234,29 @@ def _weights(experts: Experts) -> list[Tensor | PackedWeight]:
 def _sizes(model: Transformer) -> tuple[int, int]:
     """Bytes and count of all expert weights, as they are held."""
     everything = [w for block in model.blocks for w in _weights(block.moe.experts)]
-    return sum(w.nbytes for w in everything), sum(w.shape[0] * w.shape[1] * w.shape[2] for w in everything)
+    return (
+        sum(w.nbytes for w in everything),
+        sum(w.count if isinstance(w, PackedWeight) else w.numel() for w in everything),
+    )
 
 
-def _relative(old: list[Tensor], new: list[Tensor]) -> float:
-    above = sum(float((a - b).square().sum()) for a, b in zip(old, new))
-    return (above / max(sum(float(a.square().sum()) for a in old), 1e-300)) ** 0.5
+def _compare(old: Transformer, new: Transformer) -> tuple[tuple[float, ...] | None, int]:
+    """||W' - W|| / ||W|| of each layer (None where shapes changed), and zeros in what is stored now; expert by expert."""
+    same = old.config.intermediate_size == new.config.intermediate_size
+    errors, zeros = [], 0
+    for a, b in zip(old.blocks, new.blocks):
+        above, below = 0.0, 0.0
+        for first, second in zip(_weights(a.moe.experts), _weights(b.moe.experts)):
+            for e in range(second.shape[0]):
+                parts = matrices(second, e, torch.float32)
+                zeros += sum(int((part == 0).sum()) for part in parts)
+                if same:
+                    was = dense_matrix(first, e)
+                    now = parts[0] if len(parts) == 1 else parts[0] @ parts[1]
+                    above += float((was - now).square().sum(dtype=torch.float64))
+                    below += float(was.square().sum(dtype=torch.float64))
+        errors.append((above / max(below, 1e-300)) ** 0.5)
+    return tuple(errors) if same else None, zeros
 
 
 def mixture(moe: MoE, x: Tensor) -> Tensor:
@@ -184,87 +283,13 @@ def _output_errors(old: Transformer, new: Transformer, sample: Tensor) -> tuple[
 # ------------------------------------------------------------------------------------------------------- quantization
 
 
-def _quantize(model: Transformer, format: str, group_size: int) -> None:
+def _quantize(model: Transformer, format: str, group_size: int, layers: Collection[int]) -> None:
     options = {"group_size": group_size} if format == "int4" else {}
-    for block in model.blocks:
-        for name, weight in zip(_WEIGHTS, _weights(block.moe.experts)):
+    for layer in sorted(layers):
+        experts = model.blocks[layer].moe.experts
+        for name, weight in zip(_WEIGHTS, _weights(experts)):
             if isinstance(weight, PackedWeight):
                 if weight.format == format:
                     continue
                 weight = weight.decode(dtype=torch.float32)
-            block.moe.experts.pack(name, PackedWeight.encode(weight.data, format, **options))
-
-
-# ---------------------------------------------------------------------------------------------------------- magnitude
-
-
-def smallest(magnitudes: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Masks of exactly `count` smallest entries over all tensors together; of equal ones the earlier go first."""
-    masks = [torch.zeros_like(m, dtype=torch.bool) for m in magnitudes]
-    if not count:
-        return masks
-    flat = torch.cat([m.reshape(-1) for m in magnitudes])
-    limit = flat.kthvalue(count).values
-    chosen = flat < limit
-    ties = (flat == limit).nonzero().squeeze(-1)
-    chosen[ties[: count - int(chosen.sum())]] = True
-    for mask, part in zip(masks, chosen.split([m.numel() for m in magnitudes])):
-        mask.copy_(part.view(mask.shape))
-    return masks
-
-
-def prune_magnitude(
-    model: Transformer,
-    fraction: float | None,
-    scope: str = "tensor",
-    pattern: tuple[int, int] | None = None,
-    experts: Sequence[tuple[int, int]] | None = None,
-) -> None:
-    """Set the smallest weights to zero, in place: exactly round(fraction * count) in each scope, or N:M along the inputs."""
-    places = [(i, e) for i, b in enumerate(model.blocks) for e in range(b.moe.experts.gate_up_bias.shape[0])]
-    chosen = [p for p in places if experts is None or p in set(experts)]
-    scopes: dict[tuple, list[tuple[int, int, str]]] = {}
-    key: dict[str, Callable] = {
-        "tensor": lambda i, e, n: (i, e, n), "expert": lambda i, e, n: (i, e), "layer": lambda i, e, n: (i,),
-        "global": lambda i, e, n: (),
-    }  # fmt: skip
-    for i, e in chosen:
-        for name in _WEIGHTS:
-            scopes.setdefault(key[scope](i, e, name), []).append((i, e, name))
-    for members in scopes.values():
-        found = [_matrix(model, *m).abs() for m in members]
-        if pattern is not None:
-            masks = [_pattern_mask(m, *pattern) for m in found]
-        else:
-            masks = smallest(found, round(fraction * sum(m.numel() for m in found)))
-        for member, mask in zip(members, masks):
-            _zero(model, *member, mask)
-
-
-def _matrix(model: Transformer, layer: int, e: int, name: str) -> Tensor:
-    weight = getattr(model.blocks[layer].moe.experts, name)
-    return weight.decode([e], dtype=torch.float32)[0] if isinstance(weight, PackedWeight) else weight[e].float()
-
-
-def _pattern_mask(magnitudes: Tensor, n: int, m: int) -> Tensor:
-    if magnitudes.shape[-1] % m:
-        raise ConfigError(f"pattern {n}:{m} does not divide the {magnitudes.shape[-1]} inputs of a row")
-    groups = magnitudes.unflatten(-1, (-1, m))
-    order = groups.sort(dim=-1, descending=True, stable=True).indices
-    return torch.ones_like(groups, dtype=torch.bool).scatter_(-1, order[..., :n], False).flatten(-2)
-
-
-def _zero(model: Transformer, layer: int, e: int, name: str, mask: Tensor) -> None:
-    weight = getattr(model.blocks[layer].moe.experts, name)
-    if not isinstance(weight, PackedWeight):
-        weight.data[e].masked_fill_(mask, 0.0)
-    elif weight.format == "mxfp4":
-        # Code 0 in place of a nibble; scales and all other codes stay.
-        low, high = mask[..., 0::2], mask[..., 1::2]
-        keep = (~low).to(torch.uint8) * 0x0F | (~high).to(torch.uint8) * 0xF0
-        blocks = weight.tensors["blocks"][e]
-        blocks &= keep.view(blocks.shape)
-    else:
-        raise ConfigError(
-            f"magnitude cannot set {weight.format} weights to zero in place; put it before {weight.format}"
-        )
+            experts.pack(name, PackedWeight.encode(weight.data, format, **options))

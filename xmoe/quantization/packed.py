@@ -165,3 +165,8 @@ def matrices(weight: Tensor | PackedWeight, e: int, dtype: torch.dtype) -> tuple
     if weight.format == "low-rank":
         return weight.left[e].to(dtype), weight.right[e].to(dtype)
     return (weight.decode([e], dtype)[0],)
+
+
+def dense_matrix(weight: Tensor | PackedWeight, e: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Matrix of expert e [out, in] in `dtype`, whatever form the weight has; to look at, not to run."""
+    return weight.decode([e], dtype)[0] if isinstance(weight, PackedWeight) else weight[e].to(dtype)

@@ -6,7 +6,10 @@ import json
 
 import pytest
 
+from xmoe.checkpoint.opened import Checkpoint
+from xmoe.checkpoint.weights import load
 from xmoe.compression.criteria import ACTIVATION, CRITERIA, ranked
+from xmoe.compression.layerwise import StoredModel
 from xmoe.compression.plan import PrunePlan, plan_pruning, scores_of
 from xmoe.compression.routing import RoutingStats, record_routing
 from xmoe.errors import ConfigError, DataError
@@ -17,13 +20,37 @@ def stats(model, tokens):
     return record_routing(model, [tokens], domain="law", sample=40)
 
 
-@pytest.mark.parametrize("criterion", [c for c in CRITERIA if c != "ranking"])
+@pytest.mark.parametrize("criterion", [c for c in CRITERIA if c not in ("ranking", "list")])
 def test_each_criterion_keeps_its_best(stats, model, criterion):
     plan = plan_pruning(stats, criterion, 4, model=model, guard=False)
     assert plan.counts == (4, 4, 4)
     for kept, scores in zip(plan.kept, scores_of(plan)):
         assert list(kept) == sorted(ranked(scores)[:4])
     assert plan.data["domain"] == "law" and plan.model == stats.model and plan.criterion == criterion
+
+
+def test_a_list_of_experts_needs_nothing_but_the_model(model):
+    plan = plan_pruning(None, "list", remove=[(0, 1), (0, 5), (2, 0)], model=model)
+    assert plan.kept == ((0, 2, 3, 4, 6), tuple(range(7)), (1, 2, 3, 4, 5, 6)) and plan.criterion == "list"
+    with pytest.raises(ConfigError, match="leave out keep"):
+        plan_pruning(None, "list", 4, remove=[(0, 1)], model=model)
+    with pytest.raises(ConfigError, match="nothing says how many"):
+        plan_pruning(None, "list", model=model)
+
+
+@pytest.mark.parametrize("layout", ["native", "hf-bf16"])
+@pytest.mark.parametrize("criterion", ["weight_norm", "aimer", "reconstruction", "random"])
+def test_a_checkpoint_on_disk_is_judged_as_its_model_is(checkpoint, tokens, criterion, layout):
+    source = checkpoint(layout)
+    model, _ = load(source)
+    stats = record_routing(model, [tokens], sample=30)
+    plans = [
+        plan_pruning(stats, criterion, 4, budget=budget, model=one)
+        for budget in ("uniform", "sensitivity")
+        for one in (model, StoredModel(Checkpoint(source)))
+    ]
+    for a, b in (plans[:2], plans[2:]):
+        assert (a.kept, a.scores, a.model) == (b.kept, b.scores, b.model)
 
 
 @pytest.mark.parametrize("budget", ["global", "sensitivity"])

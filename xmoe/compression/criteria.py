@@ -16,8 +16,9 @@ With g the routing weight, r = ||f_e(x)||_2 and X the tokens routed to the exper
     aimer       -mean|w| / rms(w)                     arXiv 2603.18492: flat weights go first; needs no data
     random      a seeded draw                         the floor; average many seeds
 
-`reconstruction` and `reconstruction_exact` are in `reconstruction.py`; `ranking` takes an order from elsewhere. An
-expert that no token visited scores 0 in every activation criterion. Ties go to the lower id.
+`reconstruction` and `reconstruction_exact` are in `reconstruction.py`; `ranking` takes an order from elsewhere, `list`
+drops the experts that are named and judges nobody. An expert that no token visited scores 0 in every activation criterion.
+Ties go to the lower id.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ ACTIVATION: dict[str, Callable[[LayerMoments], Tensor]] = {
 }
 WEIGHTS = ("weight_norm", "aimer")
 RECONSTRUCTION = ("reconstruction", "reconstruction_exact")
-CRITERIA = (*ACTIVATION, *WEIGHTS, *RECONSTRUCTION, "random", "ranking")
+CRITERIA = (*ACTIVATION, *WEIGHTS, *RECONSTRUCTION, "random", "ranking", "list")
 
 
 def criterion_name(text: str) -> str:

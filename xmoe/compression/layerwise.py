@@ -16,6 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from xmoe.checkpoint.opened import Checkpoint
+from xmoe.checkpoint.weights import stream_layers
+from xmoe.compression.identity import hash_of
 from xmoe.errors import DataError
 from xmoe.model.config import ModelConfig
 from xmoe.model.rope import concentration, inverse_frequencies, rope_tables
@@ -44,6 +47,26 @@ class Visit(NamedTuple):
     batch: int
     inputs: Tensor
     routing: Routing
+
+
+class StoredModel:
+    """A checkpoint in the place of a model for whoever looks at one layer after the other: memory holds one, packed.
+
+    Attributes:
+        config: of the model. hash: as :func:`~xmoe.compression.identity.model_hash` of it.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto"):
+        self.config, self.hash = checkpoint.config, hash_of(checkpoint.config, checkpoint.weight)
+        self._source = (checkpoint, device, dtype)
+
+    @property
+    def blocks(self) -> Iterator[Block]:
+        """The layers, first to last, read from disk each time."""
+        for block in stream_layers(*self._source):
+            yield block
+            del block
+            return_freed_memory()
 
 
 def as_batches(batches: Iterable, device: torch.device | str = "cpu") -> Iterator[Batch]:
@@ -125,11 +148,11 @@ def walk(
         for _ in visits:  # a visitor may look at some batches only; the rest must pass all the same
             pass
         del block, visits  # a layer from disk makes room before the next one is read
-        _return_freed_memory()
+        return_freed_memory()
     return hidden
 
 
-def _return_freed_memory() -> None:
+def return_freed_memory() -> None:
     """glibc keeps what decoding experts freed, in pieces too small for the next layer, and would so grow layer by layer."""
     if _is_glibc():
         ctypes.CDLL(None).malloc_trim(0)

@@ -26,6 +26,7 @@ from xmoe.compression.criteria import (
     weight_scores,
 )
 from xmoe.compression.identity import model_hash
+from xmoe.compression.layerwise import StoredModel
 from xmoe.compression.reconstruction import curve_scores, curves_for, exact, greedy, model_problems
 from xmoe.compression.routing import RoutingStats
 from xmoe.errors import ConfigError, DataError
@@ -215,7 +216,7 @@ def plan_pruning(
     budget: str = "uniform",
     protect: Sequence[Place] = (),
     remove: Sequence[Place] = (),
-    model: Transformer | None = None,
+    model: Transformer | StoredModel | None = None,
     ranking: Sequence[Sequence[int]] | None = None,
     guard: bool = True,
     seed: int = 0,
@@ -226,13 +227,14 @@ def plan_pruning(
     Args:
         stats: what :func:`~xmoe.compression.routing.record_routing` returned; criteria that look only at weights, and
             `random` and `ranking`, do without when they have the model.
-        criterion: one of :data:`~xmoe.compression.criteria.CRITERIA`.
+        criterion: one of :data:`~xmoe.compression.criteria.CRITERIA`; `list` scores nobody and drops what `remove` names.
         keep: experts a layer that stay: a count (8), or a share in (0, 1). None keeps all but `remove`.
         budget: `uniform`, the same count in every layer; `global`, the best scores over all layers, each layer's scaled
             to sum to 1; `sensitivity`, the counts whose summed reconstruction error is least. The last two keep as many
             in all as `uniform` would, and at least K in every layer.
         protect, remove: (layer, expert) that stay or go whatever their score.
-        model: needed by criteria that look at weights, and by reconstruction and sensitivity.
+        model: needed by criteria that look at weights, and by reconstruction and sensitivity; a checkpoint on disk serves,
+            one layer in memory at a time.
         ranking: expert ids best first for each layer, for `ranking`.
         guard: protect super experts (see :func:`~xmoe.compression.criteria.super_experts`).
         seed: of `random`.
@@ -249,8 +251,10 @@ def plan_pruning(
     must_go = _places(remove, num_experts, "remove")
     if both := must_stay & must_go:
         raise ConfigError("expert {}:{} is both protected and removed".format(*min(both)))
-    if guard and stats is not None and criterion not in ("random", "ranking"):
+    if guard and stats is not None and criterion not in ("random", "ranking", "list"):
         must_stay |= set(super_experts(stats)) - must_go
+    if criterion == "list" and (keep is not None or budget != "uniform"):
+        raise ConfigError("criterion list keeps all experts but those to remove; leave out keep and budget")
     scores, curves = _judge(criterion, budget, stats, model, ranking, num_experts, kept_per_layer, seed)
     counts, total = kept_per_layer, sum(kept_per_layer)
     if budget != "uniform":
@@ -279,7 +283,7 @@ def plan_pruning(
     )
 
 
-def _subject(stats: RoutingStats | None, model: Transformer | None) -> tuple[tuple[int, ...], int, str]:
+def _subject(stats: RoutingStats | None, model: Transformer | StoredModel | None) -> tuple[tuple[int, ...], int, str]:
     """Experts of each layer, K and hash of the model the plan is for, checked where both sources speak."""
     if stats is None and model is None:
         raise ConfigError("a plan needs routing statistics, a model, or both")
@@ -287,7 +291,7 @@ def _subject(stats: RoutingStats | None, model: Transformer | None) -> tuple[tup
     if model is not None:
         config = model.config
         counts = tuple(config.experts_in_layer(i) for i in range(config.num_hidden_layers))
-        K, identity = config.num_experts_per_tok, model_hash(model)
+        K, identity = config.num_experts_per_tok, model.hash if isinstance(model, StoredModel) else model_hash(model)
     if stats is None:
         return counts, K, identity
     if not stats.tokens:
@@ -335,6 +339,8 @@ def _judge(criterion, budget, stats, model, ranking, num_experts, counts, seed):
         scores = weight_scores(model, criterion)
     elif criterion == "random":
         scores = random_scores(num_experts, seed)
+    elif criterion == "list":
+        scores = [torch.zeros(E, dtype=torch.float64) for E in num_experts]
     else:
         if ranking is None:
             raise ConfigError("criterion ranking needs a ranking: expert ids best first for each layer (--ranking)")

@@ -1,6 +1,8 @@
 """Every layout in and out, byte for byte; what cannot be opened says why in one line."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -412,3 +414,38 @@ def test_files_carry_the_metadata_transformers_wants(random_model, tmp_path):
     save(random_model(preset("tiny")), tmp_path / "m", layout="hf-mxfp4")
     with safe_open(tmp_path / "m/model.safetensors", "pt") as f:
         assert f.metadata() == {"format": "pt"}
+
+
+def test_packed_experts_go_into_kernel_order_on_cuda_and_nowhere_else(random_model, tmp_path, monkeypatch):
+    """With a pretended CUDA device: at loading, in place, so that no second copy is made at first use."""
+    from xmoe.checkpoint import weights
+    from xmoe.kernels.cuda import backend
+    from xmoe.kernels.cuda.repack import RepackedWeight
+
+    folder = save(random_model(preset("tiny")), tmp_path / "m", layout="hf-mxfp4")
+    model, _ = load(folder)
+    values = model.blocks[1].moe.experts.down.decode()
+    assert not any(isinstance(m, RepackedWeight) for m in model.modules())
+    monkeypatch.setattr(backend, "reason", lambda device, dtype: "the Triton kernels are not there")
+    weights._prepare(model, torch.device("cuda", 0))
+    assert not any(isinstance(m, RepackedWeight) for m in model.modules())
+    monkeypatch.setattr(backend, "reason", lambda device, dtype: None)
+    weights._prepare(model, torch.device("cpu"))
+    assert not any(isinstance(m, RepackedWeight) for m in model.modules())
+    weights._prepare(model, torch.device("cuda", 0))
+    for block in model.blocks:
+        assert isinstance(block.moe.experts.gate_up, RepackedWeight) and block.moe.experts.gate_up.paired
+        assert isinstance(block.moe.experts.down, RepackedWeight) and not block.moe.experts.down.paired
+    assert torch.equal(model.blocks[1].moe.experts.down.decode(), values)
+    save(model, tmp_path / "again", layout="hf-mxfp4")
+    same_bytes(everything(folder), everything(tmp_path / "again"))
+
+
+def test_loading_and_running_on_the_cpu_imports_no_triton(random_model, tmp_path):
+    folder = save(random_model(preset("tiny")), tmp_path / "m", layout="hf-mxfp4")
+    script = (
+        f"import sys, torch, xmoe; model, _ = xmoe.load({str(folder)!r}); model(torch.ones(1, 3, dtype=torch.int64))\n"
+        "print([m for m in sys.modules if m == 'triton' or m.startswith('xmoe.kernels.cuda.')])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['xmoe.kernels.cuda.backend']"

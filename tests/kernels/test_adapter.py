@@ -176,3 +176,18 @@ def test_adapters_stay_fp32_beside_a_bf16_model(autocast):
             plain = dispatch.adapter_product(x, low[0].of(2))
         grads = torch.autograd.grad(y.float().sum() + plain.float().sum(), leaves)
         assert y.dtype == plain.dtype == torch.bfloat16 and all(g.dtype == torch.float32 for g in grads)
+
+
+@pytest.mark.parametrize("path", ["portable", "dispatch"])
+def test_the_loss_of_a_frozen_unembedding_has_no_gradient_for_it(path):
+    """And the one for the hidden states is what it is with one."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(21, 24, generator=g), torch.randn(50, 24, generator=g)
+    targets = torch.randint(0, 50, (21,), generator=g)
+    grads = []
+    for trains in (True, False):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(trains)
+        PATHS[path].linear_cross_entropy(h, w, targets).backward()
+        assert (w.grad is not None) == trains
+        grads.append(h.grad)
+    assert torch.equal(*grads)

@@ -366,7 +366,7 @@ class _LinearCrossEntropy(Function):
     """The gradient of the logits is known as soon as they are, so both products follow at once and logits are dropped."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, dtype, needs_grad: bool) -> Tensor:
+    def forward(ctx, hidden, weight, targets, dtype, needs_grad: bool, needs_weight_grad: bool) -> Tensor:
         (T, D), V = hidden.shape, weight.shape[0]
         h, w = hidden.to(dtype), weight.to(dtype)
         real = targets >= 0
@@ -391,7 +391,7 @@ class _LinearCrossEntropy(Function):
                 part = dlogits[first - start : first - start + s.stop - s.start]
                 part.copy_(probability.mul_((scale * real[s]).unsqueeze(1)))
                 torch.mm(part, w, out=dh[s])
-            if dh is not None:
+            if needs_weight_grad:
                 product = torch.mm(dlogits.t(), h[start : start + count])
                 dw = product.float() if dw is None else dw.add_(product)
         ctx.save_for_backward(dh, dw)
@@ -403,13 +403,14 @@ class _LinearCrossEntropy(Function):
     def backward(ctx, grad: Tensor):
         dh, dw = ctx.saved_tensors
         if grad.device.type != "cpu" or float(grad) != 1.0:  # elsewhere looking at the value would stop the queue
-            dh, dw = dh * grad.to(dh.dtype), dw * grad
-        return dh.to(ctx.types[0]), dw.to(ctx.types[1]), None, None, None
+            dh, dw = dh * grad.to(dh.dtype), None if dw is None else dw * grad
+        return dh.to(ctx.types[0]), None if dw is None else dw.to(ctx.types[1]), None, None, None, None
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """See :func:`xmoe.kernels.reference.linear_cross_entropy`; logits exist for a bounded number of rows at a time."""
-    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    needs_weight_grad = torch.is_grad_enabled() and weight.requires_grad
+    needs_grad = needs_weight_grad or (torch.is_grad_enabled() and hidden.requires_grad)
     dtype = compute_dtype(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _LinearCrossEntropy.apply(hidden, weight, targets, dtype, needs_grad)
+        return _LinearCrossEntropy.apply(hidden, weight, targets, dtype, needs_grad, needs_weight_grad)

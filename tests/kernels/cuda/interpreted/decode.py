@@ -8,6 +8,7 @@ from helpers import relative_error
 
 from xmoe.errors import ConfigError
 from xmoe.kernels import dispatch, reference
+from xmoe.kernels.adapter import Adapter
 from xmoe.kernels.cuda import backend as triton_backend
 from xmoe.kernels.cuda import tiles
 from xmoe.kernels.cuda.decode_step import DecodeStep
@@ -174,6 +175,36 @@ def test_backend_expert_linear(packed):
     expected = expected.masked_fill((indices < 0).unsqueeze(-1), 0.0)
     assert relative_error(out, expected) < 3e-6
     assert relative_error(got, torch.autograd.grad(expected, x, dout)[0]) < 3e-6
+
+
+@pytest.mark.parametrize("which", [("gate_up", "down"), ("down",)])
+@pytest.mark.parametrize("packed", [True, False])
+def test_backend_experts_with_adapters(packed, which):
+    """Beside frozen weights, packed or dense: values, and gradients of x, the routing weights and the adapters."""
+    stack = model(packed).blocks[0].moe.experts.requires_grad_(False)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(7, 64, generator=generator).requires_grad_()
+    indices = torch.randint(0, 4, (7, 2), generator=generator)  # the last expert has no rows
+    indices[2, 1], indices[5] = -1, -1
+    weights = torch.rand(7, 2, generator=generator).requires_grad_()
+    given = indices, weights, stack.gate_up, stack.gate_up_bias, stack.down, stack.down_bias
+    low, leaves = {}, [x, weights]
+    for name, rank in (("gate_up", 5), ("down", 3)):
+        if name in which:
+            E, out, width = getattr(stack, name).shape
+            a, b = (
+                torch.randn(E, *s, generator=generator).div(8).requires_grad_() for s in ((rank, width), (out, rank))
+            )
+            low[f"{name}_adapter"] = Adapter(a, b, 0.7)
+            leaves += [a, b]
+    dy = torch.randn(7, 64, generator=generator)
+    with tiles.override(TILES):
+        y, norms = triton_backend.experts(x, *given, norms=True, **low)
+        got = torch.autograd.grad(y, leaves, dy)
+    expected, expected_norms = reference.experts(x, *given, norms=True, **low)
+    assert relative_error(y, expected) < 3e-6 and relative_error(norms, expected_norms) < 3e-6
+    for mine, truth in zip(got, torch.autograd.grad(expected, leaves, dy)):
+        assert bool(truth.any()) and relative_error(mine, truth) < 3e-6
 
 
 @pytest.mark.parametrize("S, L", [(2, 9), (9, 9)])

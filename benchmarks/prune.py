@@ -4,6 +4,10 @@
 
 The checkpoint has random weights, a few layers, and the published embedding, in shards of 0.9 GB (3 layers: 3.5 GB). Each
 job runs in a fresh process, imports included; its peak is the resident memory the system reports for it.
+
+Then what recording costs beside a plain forward pass of the same tokens (without logits, which recording does not compute
+either): the two take turns, --rounds times, on that checkpoint with its experts packed and on a small dense model, and the
+median of the ratios is told.
 """
 
 from __future__ import annotations
@@ -37,6 +41,43 @@ from xmoe.compression.routing import record_checkpoint
 import sys, torch
 record_checkpoint(sys.argv[1], list(torch.randint(0, 200000, (4, 1, 256))))
 """
+OVERHEAD = """
+import json, statistics, sys, time, torch
+import xmoe
+from xmoe.compression.routing import record_routing
+from xmoe.model.config import preset
+
+source, rounds, batch, length = sys.argv[1], *map(int, sys.argv[2:])
+model = xmoe.build(preset("light", vocab_size=8192)) if source == "dense" else xmoe.load(source)[0]
+model.eval()
+tokens = list(torch.randint(0, model.config.vocab_size, (2, batch, length), generator=torch.Generator().manual_seed(0)))
+
+@torch.no_grad()
+def plain():
+    for t in tokens:
+        model.features(t)
+
+def seconds(job):
+    began = time.perf_counter()
+    job()
+    return time.perf_counter() - began
+
+record = lambda: record_routing(model, tokens)
+plain(), record()
+pairs = []
+for turn in range(rounds):  # who goes first changes with every turn
+    first = seconds(record if turn % 2 else plain)
+    second = seconds(plain if turn % 2 else record)
+    pairs.append((second, first) if turn % 2 else (first, second))
+print(json.dumps({
+    "plain_seconds": statistics.median(p for p, _ in pairs), "record_seconds": statistics.median(r for _, r in pairs),
+    "ratio": statistics.median(r / p for p, r in pairs), "rounds": rounds,
+}))
+"""
+OVERHEADS = {
+    "dense, small: 2 x 4 x 256 tokens": ("dense", 4, 256),
+    "packed, true shapes: 2 x 512 tokens": ("source", 1, 512),
+}
 
 
 def make_checkpoint(folder: Path, layers: int) -> None:
@@ -84,11 +125,16 @@ def measured(words: list[str]) -> tuple[float, float]:
 
 def main(argv: list[str] | None = None) -> int:
     p = command.parser(__doc__, "python benchmarks/prune.py --layers 3 --folder /tmp/prune-benchmark")
-    p.add_argument("--folder", default="prune-benchmark", metavar="DIR", help="where to work; what it makes is removed")
+    p.add_argument(
+        "--folder", default="prune-benchmark", metavar="DIR", help="where to work; the source stays for a next run"
+    )
     p.add_argument(
         "--layers", type=int, default=3, metavar="N", help="0.49 GB each, and 2.3 GB of embeddings (default: 3)"
     )
     p.add_argument("--skip-record", action="store_true", help="copy, prune and verify only")
+    p.add_argument(
+        "--rounds", type=int, default=6, metavar="N", help="pairs of a plain and a recorded pass (default: 6; 0: none)"
+    )
     p.add_argument("--json", action="store_true", help="print one JSON object")
     args = p.parse_args(argv)
     root = Path(args.folder)
@@ -110,12 +156,23 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         for made in ("copy", "pruned"):
             shutil.rmtree(root / made, ignore_errors=True)
+    overheads = {}
+    if args.rounds and not args.skip_record:
+        for name, (which, batch, length) in OVERHEADS.items():
+            words = [str(source) if which == "source" else which, str(args.rounds), str(batch), str(length)]
+            child = subprocess.run([sys.executable, "-c", OVERHEAD, *words], stdout=subprocess.PIPE, check=True)
+            overheads[name] = json.loads(child.stdout.splitlines()[-1])
     if args.json:
-        print(json.dumps({"bytes": size, **{k: {"seconds": s, "peak_mb": m} for k, (s, m) in found.items()}}))
+        jobs = {k: {"seconds": s, "peak_mb": m} for k, (s, m) in found.items()}
+        print(json.dumps({"bytes": size, **jobs, "recording": overheads}))
     else:
         print(f"{size / 1e9:.2f} GB in {args.layers} layers of 32 experts\n| job | seconds | peak MB |\n|---|---|---|")
         for name, (seconds, peak) in found.items():
             print(f"| {name} | {seconds:.1f} | {peak:.0f} |")
+        if overheads:
+            print("\n| recording | plain forward, s | recorded, s | ratio |\n|---|---|---|---|")
+        for name, o in overheads.items():
+            print(f"| {name} | {o['plain_seconds']:.2f} | {o['record_seconds']:.2f} | {o['ratio']:.3f} |")
     return 0
 
 

@@ -101,10 +101,10 @@ def _compare(name: str, engine, ours, args) -> dict:
 
 def _compare_row(samples: dict[str, dict], example, answers, values) -> dict[str, float]:
     first = next(iter(samples.values()))
-    sent = [tuple(part.values()) for part in first["arguments"].values()]
+    sent = [tuple(arguments) for arguments in first["arguments"]]
     found = {"requests": len(example.requests)}
     metrics = [samples[f][m] != values[ours] for ours, (f, m) in ROW_METRICS.items() if ours in values]
-    found["row_metrics_differ"] = sum(metrics)
+    found["row_metrics_differ"] = sum(map(bool, metrics))
     if answers[0].text or not answers[0].loglikelihood:  # generated
         found["strings_differ"] = sent[0][0] != example.requests[0].context
         found["texts_differ"] = first["resps"][0][0] != answers[0].text

@@ -40,7 +40,10 @@ def main(argv: list[str] | None = None) -> int:
     from evaluation.settings import EvalConfig
     from xmoe.config import load_config
 
-    config = load_config(EvalConfig, args.config, [*_overrides(args), *args.set])
+    try:
+        config = load_config(EvalConfig, args.config, [*_overrides(args), *args.set])
+    except ConfigError as error:  # flags travel as overrides; who gave no --set should not read of one
+        raise ConfigError(str(error).removeprefix("" if args.set else "--set: ")) from error
     if not args.checkpoint:
         raise ConfigError("--checkpoint is missing; name a folder or a hub name (or --compare A.json B.json)")
     for path in (args.output, args.save_samples, args.record):

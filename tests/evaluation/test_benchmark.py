@@ -94,7 +94,7 @@ def test_a_failing_benchmark_leaves_the_others_and_exit_code_1(checkpoint, data_
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--benchmark", "helaswag"], "did you mean hellaswag"),
+        (["--benchmark", "helaswag"], "error: there is no benchmark 'helaswag'; did you mean hellaswag"),
         (["--benchmark", "lambada", "--data-dir", "nowhere"], "nowhere is not a folder"),
         (["--benchmark", "lambada", "--limit", "many"], "invalid int value"),
         (["--benchmark", "mmlu", "--subjects", "anatomie"], "did you mean anatomy"),

@@ -7,6 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from xmoe.kernels import memory
 
 PROGRAM = """
 import resource, sys, torch
@@ -39,3 +42,12 @@ def test_another_c_library_is_left_alone(monkeypatch):
 
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     assert memory.keep_freed_pages.__wrapped__() is False
+
+
+def test_a_copy_in_huge_pages_has_the_same_values():
+    for shape, dtype in ((3, 5, 300_000), torch.uint8), ((1_100, 1_003), torch.bfloat16):
+        x = torch.randint(0, 200, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+        copy = memory.in_huge_pages(x[1:])
+        assert torch.equal(copy, x[1:]) and copy.dtype == dtype and copy.is_contiguous()
+    small = torch.ones(7)
+    assert memory.in_huge_pages(small) is small

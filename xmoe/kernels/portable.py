@@ -14,8 +14,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from xmoe.kernels.adapter import Adapter, parts
+from xmoe.kernels.decoded import DecodedExperts
 from xmoe.kernels.reference import visible
-from xmoe.quantization.packed import PackedWeight, matrices
+from xmoe.quantization.packed import PackedWeight
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -177,15 +178,19 @@ def attention(
 # ------------------------------------------------------------------------------------------------ experts
 
 
-def _ahead(rows: Tensor, weight: Tensor | PackedWeight, e: int) -> tuple[Tensor, Tensor]:
+_FEW = 4  # tokens up to which a step counts as decoding, after which others follow that may want the same experts
+_decoded = DecodedExperts()
+
+
+def _ahead(rows: Tensor, weight: Tensor | PackedWeight, e: int, keep: bool) -> tuple[Tensor, Tensor]:
     """Rows and a matrix whose product rows matrix^T is that of `rows` with expert e: a low-rank one's inner factor is done."""
-    matrix, *inner = matrices(weight, e, rows.dtype)
+    matrix, *inner = _decoded.matrices(weight, e, rows.dtype, keep)
     return (torch.mm(rows, inner[0].t()), matrix) if inner else (rows, matrix)
 
 
 def _back(rows: Tensor, weight: Tensor | PackedWeight, e: int) -> Tensor:
     """rows [n, out] times the matrix of expert e -> [n, in], factor by factor."""
-    for matrix in matrices(weight, e, rows.dtype):
+    for matrix in _decoded.matrices(weight, e, rows.dtype, keep=False):
         rows = torch.mm(rows, matrix)
     return rows
 
@@ -221,9 +226,8 @@ class _Experts(Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, x, indices, weights, gate_up, gate_up_bias, down, down_bias, limit, alpha, norms, dtype, scales, *adapters
-    ):
+    def forward(ctx, x, indices, weights, gate_up, gate_up_bias, down, down_bias, *settings):
+        limit, alpha, norms, dtype, scales, keep, *adapters = settings
         (T, D), (_, K), (E, F2, _) = x.shape, indices.shape, gate_up.shape
         x = x.to(dtype)
         slots = indices.flatten()
@@ -236,13 +240,13 @@ class _Experts(Function):
         lengths = torch.zeros(T * K, dtype=torch.float32, device=x.device) if norms else None
         for e, place, s in _stretches(counts, order):
             given = x.index_select(0, place // K)
-            rows_in, matrix = _ahead(given, gate_up, e)
+            rows_in, matrix = _ahead(given, gate_up, e, keep)
             h = torch.mm(rows_in, matrix.t(), out=hidden[s])
             if adapters[0] is not None:
                 h += _adapter_product(given, *adapters[:2], scales[0], e)
             h += gate_up_bias[e].to(dtype)
             act = _act(h, limit, alpha)
-            active, matrix = _ahead(act, down, e)
+            active, matrix = _ahead(act, down, e, keep)
             f = torch.addmm(down_bias[e].to(dtype), active, matrix.t())
             if adapters[2] is not None:
                 f += _adapter_product(act, *adapters[2:], scales[1], e)
@@ -302,7 +306,7 @@ class _Experts(Function):
         db1, db2 = db1.to(ctx.bias_dtype), db2.to(down_bias.dtype)
         dx = dx.view(T, K, D).sum(1)
         first = dx, None, dweights.view(T, K).to(weights.dtype), dw1, db1, dw2, db2
-        return *first, None, None, None, None, None, *of_adapters
+        return *first, None, None, None, None, None, None, *of_adapters
 
 
 def _adapter_product(rows: Tensor, a: Tensor, b: Tensor, scale: float, e: int) -> Tensor:
@@ -348,12 +352,17 @@ def experts(
     gate_up_adapter: Adapter | None = None,
     down_adapter: Adapter | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """See :func:`xmoe.kernels.reference.experts`. Packed weights are decoded expert by expert, factors never multiplied."""
+    """See :func:`xmoe.kernels.reference.experts`.
+
+    Packed weights are decoded expert by expert, factors never multiplied. On the CPU, experts decoded for a few tokens
+    without gradient are kept for the tokens to come (:mod:`xmoe.kernels.decoded`).
+    """
     dtype = compute_dtype(x)
     scales, adapters = parts(gate_up_adapter, down_adapter)
     layer = gate_up, gate_up_bias, down, down_bias
+    keep = len(x) <= _FEW and not torch.is_grad_enabled()
     with torch.autocast(x.device.type, enabled=False):
-        return _Experts.apply(x, indices, weights, *layer, limit, alpha, norms, dtype, scales, *adapters)
+        return _Experts.apply(x, indices, weights, *layer, limit, alpha, norms, dtype, scales, keep, *adapters)
 
 
 # ------------------------------------------------------------------------------------------------ loss

@@ -15,6 +15,7 @@ from xmoe.checkpoint.opened import Checkpoint
 from xmoe.checkpoint.weights import convert, load, load_ends, save, stream_layers
 from xmoe.data.tokenizer import Tokenizer
 from xmoe.errors import CheckpointError, ConfigError
+from xmoe.kernels import memory
 from xmoe.model.config import preset
 from xmoe.quantization.packed import PackedWeight
 
@@ -45,6 +46,16 @@ def test_three_layouts_give_identical_tensors(published):
     assert len(states[0]) == 3 + 13 * 4
     same_bytes(states[0], states[1])
     same_bytes(states[0], states[2])
+
+
+@torch.no_grad()
+def test_weights_in_huge_pages_are_the_same(published, monkeypatch):
+    monkeypatch.setattr(memory, "HUGE", 4096)  # so that small weights are moved, too
+    folder, tokens = published("openai"), torch.randint(160, (1, 9), generator=torch.Generator().manual_seed(1))
+    mapped, moved = (load(folder, huge_pages=h)[0] for h in (False, True))
+    theirs = mapped.state_dict()
+    assert all(torch.equal(t, theirs[n]) for n, t in moved.state_dict().items())
+    assert torch.equal(moved(tokens).logits, mapped(tokens).logits)
 
 
 def test_packed_experts_stay_packed(published):

@@ -21,6 +21,7 @@ from xmoe.checkpoint.shards import ALIGNMENT
 from xmoe.data.tokenizer import Tokenizer
 from xmoe.device import pick_device
 from xmoe.errors import CheckpointError, ConfigError
+from xmoe.kernels.memory import in_huge_pages
 from xmoe.model.transformer import Block, Transformer
 from xmoe.outputs import new_folder
 from xmoe.quantization.packed import PackedWeight
@@ -47,6 +48,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     experts: str = "mxfp4",
     adapter: str | Path | None = None,
+    huge_pages: bool = False,
 ) -> tuple[Transformer, Tokenizer | None]:
     """Open a checkpoint of any layout as a model, with its tokenizer (None where it has none).
 
@@ -57,6 +59,8 @@ def load(
         experts: "mxfp4" leaves packed experts as they are stored, whatever the format, and dense ones dense;
             "dense" decodes packed ones to `dtype`.
         adapter: a folder with an adapter of this model (:mod:`xmoe.checkpoint.adapters`), to be attached.
+        huge_pages: on the CPU, copy the weights into huge pages instead of leaving them mapped: decoding is faster, see
+            `docs/decode_cpu.md`, loading slower. The embedding, of which few rows are read, stays mapped.
 
     Raises:
         CheckpointError: see :class:`~xmoe.checkpoint.opened.Checkpoint`; an adapter of another model.
@@ -69,7 +73,14 @@ def load(
         model = Transformer(checkpoint.config)
     with _progress("loading", checkpoint.reader.total_bytes) as bar:
         for name in checkpoint:
-            _place(model, name, _materialize(checkpoint, name, device, wanted, decode))
+            value = _materialize(checkpoint, name, device, wanted, decode)
+            if huge_pages and (name != "embed.weight" or model.head is None):
+                if isinstance(value, PackedWeight):
+                    value = PackedWeight(value.format, {n: in_huge_pages(t) for n, t in value.tensors.items()})
+                else:
+                    value = in_huge_pages(value)
+                checkpoint.reader.release()  # pages that were only copied count as memory while they are mapped
+            _place(model, name, value)
             bar.update(sum(checkpoint.reader[n].nbytes for n in checkpoint.stored_names(name)))
     for layer, block in enumerate(model.blocks):
         _place_selection_bias(checkpoint, layer, block, device)

@@ -1,64 +1,99 @@
-"""Tokens a second on the CPU at true GPT-OSS-20B width with packed experts: the C kernels beside portable PyTorch.
+"""Tokens a second on the CPU at true GPT-OSS-20B width with packed experts, ours beside llama.cpp, transformers and mlx-lm.
 
 A random checkpoint of a few layers and a small vocabulary is written to a temporary folder (deleted afterwards) and read
 by each engine in a process of its own: a prompt of --prompt tokens at once, then --tokens one at a time behind a prompt
-of 16. Engines take turns, --rounds times; the median and the best of all rounds are told, since other work on the
-machine slows single runs.
+of 16. Engines take turns, --rounds times, and medians over all rounds are told, since other work on the machine slows
+single runs. llama.cpp reads the same weights from a GGUF file that its own converter (--converter) makes of the
+checkpoint. Peers run in --peer-python; what that interpreter cannot import is left out and named.
+
+    pip install llama-cpp-python mlx[cpu] mlx-lm        # the peers, compiled here where there is no wheel
 """
 
 from __future__ import annotations
 
+import datetime
 import json
+import math
+import os
+import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
+from decode_cpu_engines import DISTRIBUTIONS, ENGINES
 from load import write_checkpoint
 
 from xmoe import command
 from xmoe.errors import ConfigError
 from xmoe.outputs import new_file
 
-EXAMPLE = "python benchmarks/decode_cpu.py --layers 4 --output benchmarks/results/decode_cpu.json"
-ENGINES = ("xmoe", "xmoe portable")
+EXAMPLE = (
+    "python benchmarks/decode_cpu.py --rounds 3 --peer-python PEERS/bin/python --converter LLAMA/convert_hf_to_gguf.py"
+)
+CHILD = Path(__file__).with_name("decode_cpu_engines.py")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit 1 where an engine could not be measured."""
+    """Exit 1 where an engine failed; one that is not installed is left out."""
     p = command.parser(__doc__.splitlines()[0], EXAMPLE)
     p.add_argument("--layers", type=int, default=4, metavar="N", help="of 24 (default: 4; 0.5 GB each)")
     p.add_argument("--vocab-size", type=int, default=16384, metavar="N", help="default: 16384; the true one is 201088")
+    p.add_argument("--checkpoint", metavar="DIR", help="a checkpoint to read instead of a random one (hf-mxfp4)")
     p.add_argument("--engines", default=",".join(ENGINES), metavar="NAME,...", help=f"default: {','.join(ENGINES)}")
+    p.add_argument("--peer-python", default=sys.executable, metavar="FILE", help="interpreter that runs the peers")
+    p.add_argument("--converter", metavar="FILE", help="llama.cpp's convert_hf_to_gguf.py, which makes its GGUF file")
+    p.add_argument("--gguf", metavar="FILE", help="the weights of --checkpoint, already converted")
     p.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens of the long prompt (default: 512)")
     p.add_argument("--tokens", type=int, default=32, metavar="N", help="tokens decoded one at a time (default: 32)")
-    p.add_argument(
-        "--rounds", type=int, default=1, metavar="N", help="times that every engine has its turn (default: 1)"
-    )
-    p.add_argument("--folder", metavar="DIR", help="where the temporary checkpoint goes (default: the system's choice)")
+    p.add_argument("--threads", type=int, default=os.cpu_count(), metavar="N", help="of every engine (default: all)")
+    p.add_argument("--seconds", type=float, default=20.0, help="most time of a run's decoding (default: 20)")
+    p.add_argument("--rounds", type=int, default=1, metavar="N", help="turns of every engine (default: 1)")
+    p.add_argument("--folder", metavar="DIR", help="where the temporary files go (default: the system's choice)")
     p.add_argument("--output", metavar="FILE.json", help="where the readings go")
     p.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-    p.add_argument("--measure", nargs=2, metavar=("ENGINE", "FOLDER"), help="one engine, as the child of a run")
     args = p.parse_args(argv)
-    if args.measure:
-        return _measure(*args.measure, args.prompt, args.tokens)
     engines = args.engines.split(",")
     if unknown := [e for e in engines if e not in ENGINES]:
         raise ConfigError(f"unknown engine {unknown[0]!r}; expected some of {', '.join(ENGINES)}")
-    if not 1 <= args.layers <= 24 or args.vocab_size < 10_000 or min(args.prompt, args.tokens, args.rounds) < 1:
-        raise ConfigError("expected 1 to 24 --layers, a --vocab-size of 10,000 or more, and positive counts")
-    with tempfile.TemporaryDirectory(prefix="xmoe-decode-", dir=args.folder) as folder:
-        nbytes = write_checkpoint(Path(folder), args.layers, args.vocab_size)
-        runs = [_child(e, folder, args.prompt, args.tokens) for _ in range(args.rounds) for e in engines]
+    if not 1 <= args.layers <= 24 or args.vocab_size < 32 or min(args.prompt, args.tokens, args.rounds) < 1:
+        raise ConfigError("expected 1 to 24 --layers, a --vocab-size of 32 or more, and positive counts")
+    if args.gguf and (args.converter or not args.checkpoint):
+        raise ConfigError("--gguf needs the --checkpoint whose weights it holds, and no --converter")
+    with tempfile.TemporaryDirectory(prefix="xmoe-decode-", dir=args.folder) as room:
+        folder = Path(args.checkpoint or room)
+        if not args.checkpoint:
+            write_checkpoint(folder, args.layers, args.vocab_size)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        options = {n: getattr(args, n) for n in ("prompt", "tokens", "threads", "seconds", "gguf")}
+        options |= {"vocab_size": config["vocab_size"], "context": args.prompt + args.tokens + 32}
+        absent = {}
+        if "llama.cpp" in engines and not args.gguf:
+            if not args.converter:
+                absent["llama.cpp"] = {"left_out": "no GGUF file: give --converter or --gguf"}
+            else:
+                options["gguf"] = str(Path(room, "model.gguf"))
+                made = {"converter": args.converter, "gguf": options["gguf"]}
+                if failed := _child(args.peer_python, "convert", folder, made).get("failed"):
+                    absent["llama.cpp"] = {"failed": f"the converter: {failed}"}
+        runs = {e: [] for e in engines}
+        for _ in range(args.rounds):
+            for e in engines:
+                if e not in absent:
+                    runs[e].append(_child(_interpreter(e, args.peer_python), e, folder, options))
+        nbytes = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     result = {
-        "layers": args.layers,
-        "vocab_size": args.vocab_size,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": {"processor": _processor(), "threads": args.threads, "python": platform.python_version()},
+        "layers": config["num_hidden_layers"],
+        "hidden_size": config["hidden_size"],
+        "vocab_size": config["vocab_size"],
         "bytes": nbytes,
         "prompt": args.prompt,
-        "readings": [_summary(e, [r for r in runs if r["engine"] == e]) for e in engines],
+        "rounds": args.rounds,
+        "readings": summaries({e: [absent[e]] if e in absent else runs[e] for e in engines}),
     }
     print(json.dumps(result) if args.json else table(result))
     if args.output:
@@ -67,82 +102,90 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if any("failed" in r for r in result["readings"]) else 0
 
 
-def _child(engine: str, folder: str, prompt: int, tokens: int) -> dict:
-    counts = ["--prompt", str(prompt), "--tokens", str(tokens)]
-    child = subprocess.run(
-        [sys.executable, __file__, "--measure", engine, folder, *counts], capture_output=True, text=True, check=False
-    )
+def _interpreter(engine: str, peer_python: str) -> str:
+    return sys.executable if DISTRIBUTIONS[engine] == "xmoe" else peer_python
+
+
+def _child(python: str, engine: str, folder: Path, options: dict) -> dict:
+    """The JSON object that the child prints; {"failed": why} where it ends otherwise."""
+    try:
+        child = subprocess.run(
+            [python, str(CHILD), engine, str(folder), json.dumps(options)],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            env=os.environ | {"OMP_NUM_THREADS": str(options.get("threads", os.cpu_count()))},
+        )
+    except OSError as error:
+        return {"failed": f"{python} does not run: {error.strerror}"}
     if child.returncode:
         last = (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
-        return {"engine": engine, "failed": last[:300]}
-    return {"engine": engine, **json.loads(child.stdout.splitlines()[-1])}
+        return {"failed": last[:300]}
+    return json.loads(child.stdout.splitlines()[-1]) if child.stdout.strip() else {}
 
 
-def _summary(engine: str, runs: list[dict]) -> dict:
-    """Medians and bests over an engine's runs, in tokens a second."""
-    if failed := [r for r in runs if "failed" in r]:
-        return failed[0]
-    answer = {"engine": engine, "threads": runs[0]["threads"], "path": runs[0]["path"]}
-    for what, count in (("prefill", runs[0]["prompt"]), ("decode", 1)):
-        seconds = [s for r in runs for s in r[f"{what}_seconds"]]
-        answer[f"{what}_tokens_per_second"] = count / statistics.median(seconds)
-        answer[f"{what}_tokens_per_second_best"] = count / min(seconds)
-    return answer
+def summaries(runs: dict[str, list[dict]]) -> list[dict]:
+    """One reading an engine: medians over its runs in tokens a second, and how the first engine's compare with them.
+
+    `logits_distance` is ||theirs - ours|| / ||ours|| behind the short prompt: engines that round differently stay within
+    some percent of each other, another function would not.
+    """
+    readings, first = [], None
+    for engine, its in runs.items():
+        if bad := next((r for r in its if "failed" in r or "left_out" in r), None):
+            readings.append({"engine": engine, **bad})
+            continue
+        answer = {"engine": engine} | {n: its[0][n] for n in ("version", "path", "prefill_tokens")}
+        for what, count in (("decode", 1), ("prefill", its[0]["prefill_tokens"])):
+            seconds = [s for r in its for s in r[f"{what}_seconds"]]
+            answer[f"{what}_tokens_per_second"] = count / statistics.median(seconds)
+            of_rounds = [count / statistics.median(r[f"{what}_seconds"]) for r in its]
+            answer[f"{what}_tokens_per_second_of_rounds"] = of_rounds
+        answer["load_seconds"] = min(r["load_seconds"] for r in its)
+        answer["peak_bytes"] = max(r["peak_bytes"] for r in its)
+        if first is None:
+            first, logits = answer, its[0]["logits"]
+        else:
+            for what in ("decode", "prefill"):
+                mine, its_own = (r[f"{what}_tokens_per_second_of_rounds"] for r in (first, answer))
+                answer[f"{what}_ratio"] = statistics.median(a / b for a, b in zip(mine, its_own, strict=True))
+            answer["logits_distance"] = math.dist(its[0]["logits"], logits) / math.hypot(*logits)
+        readings.append(answer)
+    return readings
 
 
-def _measure(engine: str, folder: str, prompt: int, tokens: int) -> int:
-    """Child: load, warm up, time each step."""
-    import contextlib
-
-    import torch
-
-    import xmoe
-    from xmoe.generation.cache import KVCache
-    from xmoe.kernels import dispatch
-
-    model = xmoe.load(folder)[0]
-    forced = dispatch.use("portable") if engine.endswith("portable") else contextlib.nullcontext()
-
-    def new_cache():
-        return KVCache(model.config, reserve=prompt + tokens + 16)
-
-    def step(ids, cache):
-        return model.unembed(model.features(ids, cache).hidden[:, -1:])
-
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 10_000, (1, prompt), generator=generator)
-    prefill, decoding = [], []
-    with torch.inference_mode(), forced:
-        path = dispatch.describe("cpu", torch.bfloat16)
-        for _ in range(3):
-            start = time.perf_counter()
-            step(ids, new_cache())
-            prefill.append(time.perf_counter() - start)
-        cache = new_cache()
-        token = step(ids[:, :16], cache)[:, -1].argmax(-1, keepdim=True)
-        for _ in range(tokens + 4):
-            start = time.perf_counter()
-            token = step(token, cache)[:, -1].argmax(-1, keepdim=True)
-            decoding.append(time.perf_counter() - start)
-    reading = {"prompt": prompt, "prefill_seconds": prefill[1:], "decode_seconds": decoding[4:]}  # the first warm up
-    print(json.dumps({**reading, "threads": torch.get_num_threads(), "path": path}))
-    return 0
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def table(result: dict) -> str:
-    """Readings as text."""
-    heading = f"prefill of {result['prompt']}"
+    """Readings as text; a ratio says how many times as fast the first engine is, by the median of the rounds."""
+    first = next((r["engine"] for r in result["readings"] if "path" in r), "")
     lines = [
-        f"{result['layers']} layers of gpt-oss-20b's width, vocabulary {result['vocab_size']}; tokens/s, median (best)",
-        f"{'':<16}{'decode':>18}{heading:>22}",
+        f"{result['layers']} layers, width {result['hidden_size']}, vocabulary {result['vocab_size']}, "
+        f"{result['bytes'] / 1e9:.2f} GB; {result['machine']['threads']} threads, {result['rounds']} rounds",
+        f"{'tokens/s':<24}{'decode':>9}{first + ' is':>10}{'prefill':>10}{first + ' is':>10}{'load s':>9}{'peak GB':>9}"
+        f"{'logits differ':>15}",
     ]
     for r in result["readings"]:
-        if "failed" in r:
-            lines.append(f"{r['engine']:<16} not measured: {r['failed']}")
+        if "path" not in r:
+            why = f"left out: {r['left_out']}" if "left_out" in r else f"failed: {r['failed']}"
+            lines.append(f"{r['engine']:<24} {why}")
             continue
-        pairs = [(r[f"{w}_tokens_per_second"], r[f"{w}_tokens_per_second_best"]) for w in ("decode", "prefill")]
-        decode, prefill = (f"{median:.1f} ({best:.1f})" for median, best in pairs)
-        lines.append(f"{r['engine']:<16}{decode:>18}{prefill:>22}")
+        cells = [f"{r['engine']:<24}"]
+        for what in ("decode", "prefill"):
+            ratio = f"{r[f'{what}_ratio']:.2f}x" if f"{what}_ratio" in r else ""
+            cells.append(f"{r[f'{what}_tokens_per_second']:>{9 if what == 'decode' else 10}.1f}{ratio:>10}")
+        differ = f"{100 * r['logits_distance']:.1f} %" if "logits_distance" in r else ""
+        cells.append(f"{r['load_seconds']:>9.2f}{r['peak_bytes'] / 1e9:>9.2f}{differ:>15}")
+        if r["prefill_tokens"] != result["prompt"]:
+            cells.append(f"   prefill of {r['prefill_tokens']} only")
+        lines.append("".join(cells))
     return "\n".join(lines)
 
 

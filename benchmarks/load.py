@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from decode_cpu_engines import peak_bytes
+
 from xmoe import command
 from xmoe.errors import ConfigError
 from xmoe.outputs import new_file
 
 EXAMPLE = "python benchmarks/load.py --layers 3 --output benchmarks/results/load.json"
-ENGINES = ("xmoe packed", "xmoe dense", "transformers")
+ENGINES = ("xmoe packed", "xmoe huge pages", "xmoe dense", "transformers")
 PROMPT = [1, 22, 333, 4444, 5, 66, 777, 8888]
 
 
@@ -132,14 +133,15 @@ def _measure(engine: str, folder: Path) -> int:
         load_ours = xmoe.load
 
         def load():
-            return load_ours(folder, experts="dense" if engine.endswith("dense") else "mxfp4")[0]
+            experts = "dense" if engine.endswith("dense") else "mxfp4"
+            return load_ours(folder, experts=experts, huge_pages=engine.endswith("huge pages"))[0]
 
     tokens = torch.tensor([PROMPT])
-    imported = _peak_bytes()
+    imported = peak_bytes()
     start = time.perf_counter()
     model = load()
     loaded = time.perf_counter()
-    after_load = _peak_bytes()
+    after_load = peak_bytes()
     with torch.no_grad():
         token = int(model(tokens).logits[0, -1].argmax())
     done = time.perf_counter()
@@ -148,7 +150,7 @@ def _measure(engine: str, folder: Path) -> int:
             {
                 "seconds_to_load": loaded - start,
                 "seconds_to_first_token": done - start,
-                "peak_bytes": _peak_bytes(),
+                "peak_bytes": peak_bytes(),
                 "peak_bytes_after_load": after_load,
                 "peak_bytes_imports": imported,
                 "first_token": token,
@@ -160,29 +162,18 @@ def _measure(engine: str, folder: Path) -> int:
     os._exit(0)  # tearing gigabytes down is nobody's interest
 
 
-def _peak_bytes() -> int:
-    """High-water mark of this process alone; getrusage would count what its parent had when it was forked."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
-
-
 def table(result: dict) -> str:
     """Readings as text."""
     lines = [
         f"{result['layers']} layers of gpt-oss-20b, {result['bytes'] / 1e9:.2f} GB, page cache warm",
-        f"{'':<14}{'load s':>9}{'first token s':>15}{'peak GB':>10}{'peak/weights':>14}",
+        f"{'':<16}{'load s':>9}{'first token s':>15}{'peak GB':>10}{'peak/weights':>14}",
     ]
     for r in result["readings"]:
         if "failed" in r:
-            lines.append(f"{r['engine']:<14} not measured: {r['failed']}")
+            lines.append(f"{r['engine']:<16} not measured: {r['failed']}")
             continue
         lines.append(
-            f"{r['engine']:<14}{r['seconds_to_load']:>9.2f}{r['seconds_to_first_token']:>15.2f}"
+            f"{r['engine']:<16}{r['seconds_to_load']:>9.2f}{r['seconds_to_first_token']:>15.2f}"
             f"{r['peak_bytes'] / 1e9:>10.2f}{r['peak_over_weights']:>14.2f}"
         )
     return "\n".join(lines)

@@ -1,0 +1,136 @@
+"""The decoding benchmark: every engine is measured alike, ratios are of rounds, absent peers are named."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from xmoe.checkpoint.weights import save
+from xmoe.model.config import ModelConfig
+
+FILE = Path(__file__).parents[2] / "benchmarks" / "decode_cpu.py"
+TINY = ModelConfig(
+    vocab_size=75, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    intermediate_size=96, num_experts=5, num_experts_per_tok=2, sliding_window=7, tie_word_embeddings=False,
+)  # fmt: skip
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(str(FILE.parent))
+    return importlib.import_module("decode_cpu")
+
+
+@pytest.fixture
+def engines(monkeypatch):
+    monkeypatch.syspath_prepend(str(FILE.parent))
+    return importlib.import_module("decode_cpu_engines")
+
+
+class Counting:
+    """An engine that answers with how many tokens it has read since the last reset, and notes what it was fed."""
+
+    def __init__(self):
+        self.fed, self.seen = [], 0
+
+    def reset(self):
+        self.seen = 0
+
+    def feed(self, tokens):
+        self.fed.append(list(tokens))
+        self.seen += len(tokens)
+        return self.seen
+
+    def logits(self):
+        return [float(self.seen)]
+
+
+def run(engine: str, decode: list[float], prefill: list[float], logits: list[float]) -> dict:
+    return {
+        "version": "1", "path": engine, "prefill_tokens": 8, "decode_seconds": decode, "prefill_seconds": prefill,
+        "load_seconds": 1.0, "peak_bytes": 10**9, "logits": logits,
+    }  # fmt: skip
+
+
+def test_a_quick_engine_reads_the_prompt_and_decodes_what_it_says(engines):
+    engine, ids = Counting(), list(range(40))
+    answer = engines.measure(engine, ids, tokens=5, seconds=1e3)
+    assert answer["prefill_tokens"] == 40 and len(answer["prefill_seconds"]) == 2 and len(answer["decode_seconds"]) == 5
+    assert answer["logits"] == [16.0], "engines are compared behind the short prompt"
+    single = [f[0] for f in engine.fed if len(f) == 1]
+    assert single == [0, *range(17, 16 + engines.WARM + 5)], "each token is the one the engine chose"
+
+
+def test_a_slow_engine_reads_the_short_prompt_only(engines):
+    engine = Counting()
+    answer = engines.measure(engine, list(range(40)), tokens=50, seconds=0.0)
+    assert answer["prefill_tokens"] == 16 and len(answer["decode_seconds"]) == 2
+    assert max(map(len, engine.fed)) == 16
+
+
+def test_ratios_are_medians_of_rounds_and_distances_relative(bench):
+    ours = [run("a", [0.1], [1.0], [3.0, 4.0]), run("a", [0.4], [1.0], [3.0, 4.0]), run("a", [0.1], [2.0], [3.0, 4.0])]
+    theirs = [
+        run("b", [0.2], [4.0], [3.0, 3.0]),
+        run("b", [0.4], [2.0], [3.0, 3.0]),
+        run("b", [0.4], [2.0], [3.0, 3.0]),
+    ]
+    first, second = bench.summaries({"xmoe": ours, "llama.cpp": theirs})
+    assert first["decode_tokens_per_second"] == 10 and "decode_ratio" not in first
+    assert second["decode_ratio"] == pytest.approx(2.0) and second["prefill_ratio"] == pytest.approx(2.0)
+    assert second["prefill_tokens_per_second"] == 4 and second["logits_distance"] == pytest.approx(0.2)
+
+
+def test_every_engine_has_its_line(bench):
+    runs = {
+        "xmoe": [run("a", [0.1], [1.0], [1.0])],
+        "llama.cpp": [{"left_out": "ModuleNotFoundError: No module named 'llama_cpp'"}],
+        "mlx-lm": [run("b", [0.2], [1.0], [1.5]), {"failed": "Killed"}],
+        "transformers eager": [run("c", [0.2], [4.0], [1.5])],
+    }
+    result = {
+        "layers": 2, "hidden_size": 64, "vocab_size": 75, "bytes": 10**9, "prompt": 512, "rounds": 1,
+        "machine": {"threads": 2}, "readings": bench.summaries(runs),
+    }  # fmt: skip
+    lines = bench.table(result).splitlines()
+    assert len(lines) == 6 and "left out: ModuleNotFoundError" in lines[3] and "failed: Killed" in lines[4]
+    assert "2.00x" in lines[5] and "4.00x" in lines[5] and "50.0 %" in lines[5] and "prefill of 8 only" in lines[5]
+
+
+def test_it_runs_ours_and_names_what_is_not_there(random_model, tmp_path):
+    save(random_model(TINY), tmp_path / "checkpoint", layout="hf-mxfp4")
+    command = [
+        sys.executable,
+        str(FILE),
+        "--checkpoint",
+        str(tmp_path / "checkpoint"),
+        "--prompt",
+        "20",
+        "--tokens",
+        "2",
+    ]
+    command += ["--engines", "xmoe,xmoe huge pages,xmoe portable,llama.cpp", "--output", str(tmp_path / "out.json")]
+    done = subprocess.run([*command, "--threads", "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    ours, huge, portable, llama = result["readings"]
+    assert result["layers"] == 2 and result["vocab_size"] == 75 and result["date"] and ours["version"]
+    assert huge["logits_distance"] == 0.0 and portable["logits_distance"] < 0.05
+    assert llama == {"engine": "llama.cpp", "left_out": "no GGUF file: give --converter or --gguf"}
+    assert "left out: no GGUF file" in done.stdout
+
+
+def test_an_absent_interpreter_is_a_failure_that_is_told(bench, tmp_path):
+    answer = bench._child(str(tmp_path / "python"), "llama.cpp", tmp_path, {"threads": 1})
+    assert "does not run" in answer["failed"]
+
+
+def test_wrong_use_is_one_line_and_exit_2():
+    for flags, said in (["--engines", "abacus"], "unknown engine 'abacus'"), (["--gguf", "x"], "--gguf needs"):
+        done = subprocess.run([sys.executable, str(FILE), *flags], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and said in done.stderr and not done.stdout

@@ -13,6 +13,11 @@ EXAMPLE = """python scripts/compress.py record --checkpoint checkpoints/light --
   python scripts/compress.py prune --checkpoint checkpoints/light --stats r.safetensors --criterion reap --keep 12 \\
       --output checkpoints/light-12"""
 
+CRITERIA = (  # written out, so that --help need not wait for torch; a test holds it to xmoe.compression.criteria
+    "frequency, share, soft, soft_all, ean, man, msan, reap, reap_sum, reap_l2, weight_norm, aimer, reconstruction, "
+    "reconstruction_exact, random, ranking, list"
+)
+
 
 def main(argv: list[str] | None = None) -> int:
     p = command.parser(__doc__, EXAMPLE)
@@ -99,7 +104,7 @@ def add_record(p: argparse.ArgumentParser) -> None:
 def add_plan(p: argparse.ArgumentParser) -> None:
     """Flags that stand in for fields of PlanConfig; not given is None."""
     p.add_argument("--stats", metavar="STATS[,...]", help="what `record` or `import` wrote; several are added up")
-    p.add_argument("--criterion", metavar="NAME", help="who is worth keeping (default: reap)")
+    p.add_argument("--criterion", metavar="NAME", help=f"who is worth keeping (default: reap): {CRITERIA}")
     p.add_argument("--keep", metavar="N|FRACTION", help="experts of each layer that stay: 16, or 0.5")
     p.add_argument("--budget", metavar="uniform|global|sensitivity", help="how layers share (default: uniform)")
     p.add_argument("--protect", metavar="L:E,...", help="keep these whatever their score (E: in all layers)")
@@ -408,7 +413,9 @@ def sweep_flags(p: argparse.ArgumentParser) -> None:
     """quality against size for many plans, by masking; CSV and plot"""
     add_checkpoint(p)
     p.add_argument("--stats", required=True, metavar="STATS[,...]", help="what `record` wrote")
-    p.add_argument("--criterion", default="frequency,reap", metavar="A,B,...", help="(default: frequency,reap)")
+    p.add_argument(
+        "--criterion", default="frequency,reap", metavar="A,B,...", help=f"(default: frequency,reap) of {CRITERIA}"
+    )
     p.add_argument("--keep", required=True, metavar="28,24,...", help="counts or shares")
     p.add_argument("--budget", default="uniform", metavar="uniform|global|sensitivity", help="how layers share")
     add_data(p, 20_000)

@@ -14,7 +14,7 @@ import pytest
 from xmoe import command
 from xmoe.checkpoint.opened import Checkpoint
 from xmoe.checkpoint.weights import save
-from xmoe.compression.criteria import RECONSTRUCTION, WEIGHTS
+from xmoe.compression.criteria import CRITERIA, RECONSTRUCTION, WEIGHTS
 from xmoe.compression.recipe import CompressConfig
 from xmoe.config import load_config
 from xmoe.data.tokenizer import Tokenizer
@@ -205,6 +205,10 @@ def test_every_recipe_that_comes_with_xmoe_loads(path):
     assert needs_no_text or recipe.record.data
     if recipe.plan.criterion in RECONSTRUCTION or recipe.plan.budget == "sensitivity":
         assert recipe.record.sample >= 256
+
+
+def test_help_names_every_criterion(script):
+    assert tuple(script.CRITERIA.split(", ")) == CRITERIA
 
 
 def test_there_are_recipes():

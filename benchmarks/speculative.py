@@ -151,7 +151,7 @@ def _scripted(model, name: str) -> tuple[Scripted, list[int]]:
         [text for pair in _texts().values() for text in pair], min(1200, model.config.vocab_size)
     )
     prompt, continuation = (tokenizer.encode(text) for text in _texts()[name])
-    prompt = prompt[:512]
+    prompt = prompt[: min(512, model.config.max_position_embeddings // 2)]
     return Scripted(model, prompt + continuation), prompt
 
 

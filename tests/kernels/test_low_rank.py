@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from xmoe.kernels import dispatch, grouped_mm, portable, reference
+from xmoe.kernels.adapter import Adapter
 from xmoe.kernels.cpu import backend as cpu
 from xmoe.kernels.cuda import backend as triton_backend
 from xmoe.quantization.packed import PackedWeight
@@ -72,6 +73,23 @@ def test_in_bfloat16_and_under_autocast(given, stored):
     for found in (y, z):
         assert found.dtype == torch.bfloat16
         assert (found.float() - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("module", [portable, cpu], ids=["portable", "cpu"])
+def test_an_adapter_beside_factors(given, module, monkeypatch):
+    if module is cpu and not cpu.available():
+        pytest.skip(cpu.reason())
+    x, indices, weights, biases, _ = given
+    low = factors(2 * F, D, 7, 1), factors(D, F, 11, 2)
+    g = torch.Generator().manual_seed(9)
+    shapes = ((E, 3, D), (E, 2 * F, 3), (E, 3, F), (E, D, 3))
+    a, b, c, d = (torch.randn(shape, generator=g) / 4 for shape in shapes)
+    adapters = {"gate_up_adapter": Adapter(a, b, 0.5), "down_adapter": Adapter(c, d, 2.0)}
+    whole = low[0].decode(dtype=torch.float32) + 0.5 * b @ a, low[1].decode(dtype=torch.float32) + 2.0 * d @ c
+    expected = reference.experts(x, indices, weights, whole[0], biases[0], whole[1], biases[1])[0]
+    monkeypatch.setattr(PackedWeight, "decode", forbidden)
+    found = module.experts(x, indices, weights, low[0], biases[0], low[1], biases[1], **adapters)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_who_takes_them(given):

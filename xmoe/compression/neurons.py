@@ -22,7 +22,7 @@ from xmoe.errors import ConfigError
 from xmoe.model.experts import Experts, MoE
 from xmoe.model.transformer import Transformer
 from xmoe.quantization.mxfp4 import GROUP
-from xmoe.quantization.packed import PackedWeight
+from xmoe.quantization.packed import PackedWeight, dense_matrix
 
 
 def neurons_to_keep(model: Transformer, fraction: float) -> int:
@@ -71,7 +71,7 @@ def _choose(moe: MoE, keep: int, x: Tensor | None) -> tuple[Tensor, Tensor]:
     routing = None if x is None else moe.router(x.to(moe.router.weight.dtype))
     chosen, added = [], torch.zeros(E, D, dtype=torch.float32, device=experts.down_bias.device)
     for e in range(E):
-        gate_up, down = (_matrix(w, e) for w in (experts.gate_up, experts.down))
+        gate_up, down = (dense_matrix(w, e) for w in (experts.gate_up, experts.down))
         hidden = g = None
         if routing is not None:
             token, slot = (routing.indices == e).nonzero(as_tuple=True)
@@ -90,10 +90,6 @@ def _choose(moe: MoE, keep: int, x: Tensor | None) -> tuple[Tensor, Tensor]:
             added[e] = down[:, gone] @ hidden.mean(0)[gone]
         chosen.append(ids)
     return torch.stack(chosen), added
-
-
-def _matrix(weight: Tensor | PackedWeight, e: int) -> Tensor:
-    return weight.decode([e], dtype=torch.float32)[0] if isinstance(weight, PackedWeight) else weight[e].float()
 
 
 def _fill(old: Experts, new: Experts, chosen: Tensor, added: Tensor) -> None:

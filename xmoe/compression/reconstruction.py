@@ -23,7 +23,7 @@ from xmoe.errors import ConfigError, DataError
 from xmoe.kernels.reference import swiglu
 from xmoe.model.experts import Experts, MoE
 from xmoe.model.transformer import Transformer
-from xmoe.quantization.packed import PackedWeight
+from xmoe.quantization.packed import dense_matrix
 
 MOST_SUBSETS = 20_000
 
@@ -46,13 +46,9 @@ class Curve(NamedTuple):
 def expert_output(experts: Experts, e: int, x: Tensor) -> tuple[Tensor, Tensor]:
     """What expert e makes of x [N, D], in fp32: hidden [N, F] after SwiGLU, and output [N, D], down bias included."""
     x = x.float()
-    gate_up, down = (_matrix(w, e) for w in (experts.gate_up, experts.down))
+    gate_up, down = (dense_matrix(w, e) for w in (experts.gate_up, experts.down))
     hidden = swiglu(F.linear(x, gate_up, experts.gate_up_bias[e].float()), experts.limit)
     return hidden, F.linear(hidden, down, experts.down_bias[e].float())
-
-
-def _matrix(weight: Tensor | PackedWeight, e: int) -> Tensor:
-    return weight.decode([e], dtype=torch.float32)[0] if isinstance(weight, PackedWeight) else weight[e].float()
 
 
 @torch.no_grad()

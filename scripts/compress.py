@@ -567,9 +567,15 @@ def recover(args: argparse.Namespace) -> int:
     from xmoe.checkpoint.weights import load
     from xmoe.compression.changed import save_changed
     from xmoe.compression.recover import recover as distil
+    from xmoe.errors import ConfigError
 
     check_output(args)
     device, dtype = device_and_dtype(args)
+    if args.train in ("experts", "all") and "low-rank" in tokenizer_of(args.checkpoint)[0].formats:
+        raise ConfigError(
+            f"{args.checkpoint} stores experts as low-rank factors, which --train {args.train} would multiply out; "
+            "train the routers"
+        )
     student, tokenizer = load(args.checkpoint, device, dtype, "mxfp4" if args.train == "routers" else "dense")
     teacher, _ = load(args.teacher, device, dtype)
     result = distil(

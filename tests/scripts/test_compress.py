@@ -167,6 +167,10 @@ def test_low_rank_from_text_to_a_checkpoint_that_speaks(run, made, recorded, cap
     assert code == 0 and sorted(Checkpoint(made / "half").formats) == ["low-rank", "mxfp4"]
     assert run("prune --checkpoint thin --stats model.safetensors --keep 4 --output thin-4")[0] == 0
     assert run("verify --source thin --pruned thin-4")[0] == 0
+    back = "recover --checkpoint thin --teacher model --data text.txt --tokens 60 --seq-len 30 --steps 1"
+    assert run(f"{back} --output thin-back")[0] == 0 and Checkpoint(made / "thin-back").formats == ["low-rank"]
+    code, _, err = run(f"{back} --train experts --output thin-dense")
+    assert code == 2 and "would multiply out; train the routers" in err and not (made / "thin-dense").exists()
     for script, words in (
         ("describe", []),
         ("chat", ["--prompt", "The", "--max-new-tokens", "4", "--temperature", "0"]),

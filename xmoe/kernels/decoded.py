@@ -1,6 +1,6 @@
 """Decoded matrices of the experts that were used last, for machines without the C kernels.
 
-Decoding an expert in PyTorch takes ten times as long as multiplying a token with it. A text keeps to some experts of each
+Decoding an expert in PyTorch takes many times as long as multiplying a token with it. A text keeps to some experts of each
 layer for a while, so what was decoded for one token is kept for the next, as far as memory is to spare: half of what is
 free when the first one is kept. The least recently used go first, and all of a weight go with it.
 """

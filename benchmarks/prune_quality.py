@@ -8,6 +8,7 @@ routing is recorded on that part, perplexity is measured on the rest. Prints a t
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -40,7 +41,7 @@ CRITERIA = (
 KEEPS = (12, 8, 4)
 DRAWS = 8
 SEQ, BATCH = 128, 16
-RECOVERED = ("frequency", "reap_sum", "reconstruction")
+RECOVERED = ("frequency", "reap", "reap_sum", "reconstruction")
 
 
 def rows_of(text: torch.Tensor, count: int, generator: torch.Generator, extra: int = 0) -> torch.Tensor:
@@ -90,10 +91,10 @@ def measure(text: torch.Tensor, held_out: torch.Tensor, seed: int, steps: int) -
         found[f"random, best of {DRAWS} {keep}"] = min(draws)
         for budget in ("sensitivity", "global"):
             found[f"reconstruction, {budget} {keep}"] = ppl("reconstruction", keep, budget=budget)
-    for criterion in RECOVERED:
-        small = prune(model, plan_pruning(stats, criterion, 8, model=model, guard=False))
+    for criterion, keep in itertools.product(RECOVERED, KEEPS):
+        small = prune(model, plan_pruning(stats, criterion, keep, model=model, guard=False))
         recover(small, model, fresh, train="routers", steps=200)
-        found[f"{criterion}, routers recovered 8"] = perplexity(mean_loss(small, test))
+        found[f"{criterion}, routers recovered {keep}"] = perplexity(mean_loss(small, test))
     return found
 
 

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from xmoe.checkpoint import adapters, train_state, weights
+from xmoe.compression.apply import prune
+from xmoe.compression.plan import PrunePlan
 from xmoe.config import load_config
 from xmoe.data.tokenizer import Tokenizer
 from xmoe.errors import CheckpointError, ConfigError
@@ -365,3 +367,26 @@ def test_saving_a_model_that_still_has_adapters_says_what_to_do(folder, tmp_path
     with pytest.raises(ConfigError, match="merge adapters first"):
         weights.save(model, tmp_path / "out")
     assert isinstance(model.blocks[0].attn.qkv.adapter, LoRA)
+
+
+@pytest.mark.parametrize("form, options", [("int8", {}), ("low-rank", {"rank": 3})])
+def test_a_merge_into_experts_that_cannot_hold_a_sum_is_refused(form, options, folder, tmp_path):
+    """Adding to them would silently make them dense, several times their size."""
+    model = build(preset("tiny", num_hidden_layers=2, reasoning_effort=None))
+    for block in model.blocks:
+        block.moe.experts.pack("down", PackedWeight.encode(block.moe.experts.down.detach(), form, **options))
+    weights.save(model, tmp_path / "reduced", "native")
+    attach(model, EVERYTHING.settings)
+    (tmp_path / "adapter").mkdir()
+    adapters.save(model, tmp_path / "adapter", EVERYTHING.settings)
+    with pytest.raises(ConfigError, match=f"stored as {form}.*--adapter"):
+        weights.convert(tmp_path / "reduced", tmp_path / "merged", "native", adapter=tmp_path / "adapter")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_model_with_adapters_is_not_cut():
+    model = build(preset("tiny", num_hidden_layers=2))
+    plan = PrunePlan("list", "uniform", (model.config.experts_in_layer(0),) * 2, 2, kept=((0, 1, 2, 3),) * 2)
+    add_adapters(model, EVERYTHING)
+    with pytest.raises(ConfigError, match="merge them first"):
+        prune(model, plan)

@@ -255,10 +255,18 @@ class Merge:
         Args:
             stored: the checkpoint's type of what is not packed.
             wanted: the type to be written; None keeps the stored one.
+
+        Raises:
+            ConfigError: the experts are in a form that a sum cannot keep (int8, int4, low rank).
         """
         lora = self._loras.get(name)
         if lora is None:
             return weight
+        if isinstance(weight, PackedWeight) and weight.format != "mxfp4":
+            raise ConfigError(
+                f"{name} is stored as {weight.format}, and with an adapter added it would have to become dense; "
+                "keep the adapter beside the checkpoint (--adapter), or merge it into the model that was reduced"
+            )
         if len(weight.shape) == 3:
             return Merged(self, weight, lora, wanted or stored)
         merged = weight.float() + lora.delta()

@@ -15,6 +15,8 @@ from torch import nn
 
 from xmoe.compression.identity import model_hash
 from xmoe.compression.plan import PrunePlan
+from xmoe.errors import ConfigError
+from xmoe.model.adapter import adapters
 from xmoe.model.config import ModelConfig
 from xmoe.model.transformer import Transformer
 from xmoe.quantization.packed import PackedWeight
@@ -70,8 +72,14 @@ def pruned_config(config: ModelConfig, plan: PrunePlan) -> ModelConfig:
 
 @torch.no_grad()
 def prune(model: Transformer, plan: PrunePlan) -> Transformer:
-    """A new model without the experts that `plan` drops; the old one is unharmed and shares no tensor with it."""
+    """A new model without the experts that `plan` drops; the old one is unharmed and shares no tensor with it.
+
+    Raises:
+        ConfigError: the plan is another model's, or the model carries adapters.
+    """
     check(model, plan)
+    if adapters(model):
+        raise ConfigError("the model carries adapters, which a cut would lose; merge them first, or prune its base")
     with torch.device("meta"):
         small = Transformer(pruned_config(model.config, plan))
     for name, module in model.named_modules():

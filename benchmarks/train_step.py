@@ -168,13 +168,13 @@ def contestant(name: str, config: ModelConfig) -> tuple[torch.nn.Module, Callabl
     return theirs, lambda tokens: called(input_ids=tokens, labels=tokens, use_cache=False).loss
 
 
-def work(name: str, config: ModelConfig, dtype: torch.dtype, text: bool, memory_gb: float) -> None:
+def work(name: str, config: ModelConfig, dtype: torch.dtype, text: bool, memory_gb: float, batches: int = 1) -> None:
     """A contestant's process: reads "steps N" lines, trains so many steps, answers with a line of JSON."""
     limit = int(memory_gb * 2**30) + ((8 << 30) if "compile" in name else 0)  # compiling maps much that it never fills
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     model, loss_of = contestant(name, config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
-    batch = (text_batches if text else random_batches)(config, seed=1)
+    batch = (text_batches if text else random_batches)(config, seed=batches)
     for line in sys.stdin:
         seconds, losses = [], []
         for _ in range(int(line)):
@@ -196,7 +196,8 @@ class Process:
 
     def __init__(self, name: str, arguments: argparse.Namespace, dtype: str, text: bool):
         command_line = [sys.executable, __file__, "--config", arguments.config, "--dtype", dtype, "--worker", name]
-        command_line += ["--memory-gb", str(arguments.memory_gb)] + (["--text"] if text else [])
+        command_line += ["--memory-gb", str(arguments.memory_gb), "--batches", str(arguments.batches)]
+        command_line += ["--text"] if text else []
         self.name, self._memory_gb = name, arguments.memory_gb
         self._process = subprocess.Popen(
             command_line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -339,12 +340,20 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--steps", type=int, default=2, help="steps a turn (default: 2)")
     p.add_argument("--memory-gb", type=float, default=21.0, help="address space of a contestant (default: 21)")
     p.add_argument("--parity", type=int, default=0, metavar="STEPS", help="compare losses in bf16 and fp32 instead")
+    p.add_argument("--batches", type=int, default=1, metavar="SEED", help="which batches are drawn (default: 1)")
     p.add_argument("--json", action="store_true", help="print one JSON object on standard output and nothing else")
     p.add_argument("--worker", help=argparse.SUPPRESS)
     p.add_argument("--text", action="store_true", help=argparse.SUPPRESS)
     arguments = p.parse_args(argv)
     if arguments.worker:
-        work(arguments.worker, CONFIGS[arguments.config], DTYPES[arguments.dtype], arguments.text, arguments.memory_gb)
+        work(
+            arguments.worker,
+            CONFIGS[arguments.config],
+            DTYPES[arguments.dtype],
+            arguments.text,
+            arguments.memory_gb,
+            arguments.batches,
+        )
         return 0
     if arguments.parity:
         result = parity(arguments)

@@ -39,11 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
     args = p.parse_args(argv)
 
-    import torch
-
     import xmoe
 
-    torch.set_grad_enabled(False)
     theirs = _their_engine(args)
     ours = xmoe.load(args.checkpoint, dtype="float32")
     found = {}

@@ -129,9 +129,6 @@ def _best(readings: tuple[dict, ...]) -> dict:
 
 def _measure(engine: str, batch: int, folder: Path) -> int:
     """Score all tasks with one engine and write seconds, peak memory and answers."""
-    import torch
-
-    torch.set_grad_enabled(False)
     score = _ours(folder, batch) if engine == OURS else _theirs(folder, batch)
     tasks = json.loads((folder / "requests.json").read_text())
     score([request for rows in tasks.values() for request in rows[0]])  # warm up

@@ -39,18 +39,18 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
-    torch.set_grad_enabled(False)
-    model = _model(args)
-    result = {
-        "model": args.checkpoint or args.preset,
-        "layers": model.config.num_hidden_layers,
-        "experts": f"{model.config.num_experts_per_tok} of {model.config.num_experts}",
-        "device": str(model.device),
-        "dtype": str(model.unembedding.dtype).removeprefix("torch."),
-        "passes": _passes(model, args.repeat),
-        "prompt_lookup": [_lookup(model, name, args) for name in ("repeats its prompt", "does not repeat")],
-        "every_guess_right": _best_cases(model, args),
-    }
+    with torch.no_grad():  # and not for good: whoever calls this may train afterwards
+        model = _model(args)
+        result = {
+            "model": args.checkpoint or args.preset,
+            "layers": model.config.num_hidden_layers,
+            "experts": f"{model.config.num_experts_per_tok} of {model.config.num_experts}",
+            "device": str(model.device),
+            "dtype": str(model.unembedding.dtype).removeprefix("torch."),
+            "passes": _passes(model, args.repeat),
+            "prompt_lookup": [_lookup(model, name, args) for name in ("repeats its prompt", "does not repeat")],
+            "every_guess_right": _best_cases(model, args),
+        }
     print(json.dumps(result) if args.json else _table(result))
     if args.output:
         with new_file(args.output, args.overwrite) as partial:

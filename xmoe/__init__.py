@@ -21,7 +21,7 @@ _HOME = {
     "load": "xmoe.checkpoint.weights",
     "save": "xmoe.checkpoint.weights",
     "Tokenizer": "xmoe.data.tokenizer",
-    "batches": "xmoe.data.calibration",
+    "batches": "xmoe.data.calibration_batches",
     # talk
     "generate": "xmoe.generation.generate",
     "stream": "xmoe.generation.generate",

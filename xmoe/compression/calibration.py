@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from xmoe.compression.layerwise import as_batches
-from xmoe.data.calibration import CalibrationBatch, batches
+from xmoe.data.calibration_batches import CalibrationBatch, batches
 from xmoe.data.sources import load_rows, locate
 from xmoe.data.tokenizer import Tokenizer
 from xmoe.errors import ConfigError, DataError

@@ -77,8 +77,3 @@ def test_spread_scales_puts_each_byte_on_top_of_both_halves():
     for i in range(4):
         expected = (words >> numpy.uint32(8 * i) & numpy.uint32(0xFF)) * numpy.uint32(0x01000100)
         numpy.testing.assert_array_equal(registers[f"${i}"], expected)
-
-
-def test_scale_pairs_multiplies_two_halves_at_once():
-    """Nothing to model: one instruction whose operands must be the result, the values and the scales, in that order."""
-    assert 'inline_asm_elementwise(\n            "mul.f16x2 $0, $1, $2;' in inspect.getsource(mxfp4.scale_pairs.fn)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import xmoe
-from xmoe.data.calibration import batches
+from xmoe.data.calibration_batches import batches
 from xmoe.data.tokenizer import Tokenizer
 from xmoe.errors import ConfigError, DataError
 

@@ -116,12 +116,11 @@ def test_the_resolved_config_runs_again_and_gives_the_same_run(whole, tmp_path):
 def test_accumulated_micro_batches_equal_one_large_batch(config_file, tmp_path):
     go(config_file, tmp_path / "one", "train.micro_batch=6", "train.load_balancing_coef=0")
     go(config_file, tmp_path / "two", "train.grad_accum=2", "train.load_balancing_coef=0")
-    for line, (a, b) in enumerate(zip(curve(tmp_path / "one"), curve(tmp_path / "two"))):
-        # The first step is the same but for the order of sums; what is left of it grows with each step.
-        for key, later in (("loss", 2e-4), ("val_loss", 2e-4), ("grad_norm", 2e-3)):
+    for a, b in zip(curve(tmp_path / "one"), curve(tmp_path / "two")):
+        for key in ("loss", "val_loss", "grad_norm"):
             assert (key in a) == (key in b)
             if key in a:
-                assert a[key] == pytest.approx(b[key], rel=2e-5 if line == 0 else later)
+                assert a[key] == pytest.approx(b[key], rel=2e-4)
 
 
 @pytest.mark.parametrize("stop", [1, 4, 6, 9, 11])

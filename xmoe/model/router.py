@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xmoe.errors import ConfigError
@@ -73,7 +74,10 @@ class Router(nn.Module):
             )
         with torch.autocast(x.device.type, enabled=False):
             given = x.to(self.weight.dtype)
-            logits = dispatch.linear(given, self.weight, self.bias)
+            # Decoding wants the short way. Training keeps torch's product: rounding decides between experts, and a run
+            # should part from the same run in other micro-batches, or from last month's, as late as it can.
+            linear = F.linear if torch.is_grad_enabled() else dispatch.linear
+            logits = linear(given, self.weight, self.bias)
             if self.adapter is not None:
                 logits = logits + self.adapter(given)
         scores = logits.detach() if self.selection_bias is None else logits.detach().float() + self.selection_bias

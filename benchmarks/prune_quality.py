@@ -41,7 +41,6 @@ CRITERIA = (
 KEEPS = (12, 8, 4)
 DRAWS = 8
 SEQ, BATCH = 128, 16
-RECOVERED = ("frequency", "reap", "reap_sum", "reconstruction")
 
 
 def rows_of(text: torch.Tensor, count: int, generator: torch.Generator, extra: int = 0) -> torch.Tensor:
@@ -91,10 +90,12 @@ def measure(text: torch.Tensor, held_out: torch.Tensor, seed: int, steps: int) -
         found[f"random, best of {DRAWS} {keep}"] = min(draws)
         for budget in ("sensitivity", "global"):
             found[f"reconstruction, {budget} {keep}"] = ppl("reconstruction", keep, budget=budget)
-    for criterion, keep in itertools.product(RECOVERED, KEEPS):
-        small = prune(model, plan_pruning(stats, criterion, keep, model=model, guard=False))
+    again = {criterion: (criterion, {}) for criterion in (*CRITERIA, "random")}  # of random, the first draw alone
+    again["reconstruction, sensitivity"] = ("reconstruction", {"budget": "sensitivity"})
+    for (name, (criterion, options)), keep in itertools.product(again.items(), KEEPS):
+        small = prune(model, plan_pruning(stats, criterion, keep, model=model, guard=False, **options))
         recover(small, model, fresh, train="routers", steps=200)
-        found[f"{criterion}, routers recovered {keep}"] = perplexity(mean_loss(small, test))
+        found[f"{name}, routers recovered {keep}"] = perplexity(mean_loss(small, test))
     return found
 
 

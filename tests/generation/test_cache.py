@@ -160,3 +160,28 @@ def test_expand_wants_one_row(tiny):
         tiny.features(torch.zeros(2, 3, dtype=torch.int64), cache)
     with pytest.raises(ValueError, match="holds 2"):
         cache.expand(4)
+
+
+def test_keys_written_into_the_rooms_are_those_that_updates_leave():
+    """A kernel that writes for itself, beside `update`: same keys, same positions, and no room where a ring would lose some."""
+    ours, plain = KVCache(SHAPE, rollback=1), KVCache(SHAPE, rollback=1)
+    refused = []
+    for start, count in ((0, 2), (2, 1), (3, 1), (4, 2), (6, 3), (9, 1), (10, 2)):
+        positions = torch.stack([torch.arange(start, start + count) - pad for pad in (0, 3)]).clamp(min=-1)
+        k, v = keys(2, range(start, start + count))
+        rooms = ours.room(positions, (2, 3), torch.float32)
+        refused.append(rooms is None)
+        for layer in (0, 1):
+            expected = plain.update(layer, k, v, positions)
+            if rooms is None:
+                ours.update(layer, k, v, positions)
+                continue
+            room = rooms[layer]
+            room.keys[:, room.slots], room.values[:, room.slots] = k, v
+            for found, wanted in zip((room.keys, room.values), expected[:2]):
+                assert torch.equal(found[:, : room.count], wanted)
+            assert torch.equal(room.key_positions, expected[2]) and room.key_positions.is_contiguous()
+        ours.advance(count)
+        plain.advance(count)
+    assert refused == [False, False, False, False, True, False, False]
+    assert ours.room(positions, (2, 3), torch.bfloat16) is None  # the keys that are held have another type

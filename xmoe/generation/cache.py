@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from xmoe.kernels.cpu.decode_step import Room
+
 SLIDING = "sliding_attention"
 
 
@@ -80,6 +82,33 @@ class KVCache:
         kept = len(step.ring_slots)
         store.write(step.ring_slots, k[:, -kept:], v[:, -kept:])
         return k_all, v_all, step.ring_positions
+
+    def room(self, positions: Tensor, heads: tuple[int, int], dtype: torch.dtype) -> list[Room] | None:
+        """For kernels that write new keys themselves, in the place of `update`: where each layer's go; None if not in place.
+
+        positions: int64 [B, S] of the new tokens; heads: G and Dh. None where the tokens need keys that their own would
+        overwrite in a ring, or where keys are held in another dtype.
+        """
+        if self._step is None or self._step.positions is not positions:
+            self._step = self._begin(positions)
+        step, end = self._step, self._length + positions.shape[1]
+        if not step.ring_fits:
+            return None
+        like = torch.empty(positions.shape[0], 0, *heads, dtype=dtype, device=positions.device)
+        new = torch.arange(self._length, end, device=positions.device)
+        everything, ring = self._positions[:, :end].contiguous(), None
+        rooms = []
+        for store in self._layers:
+            full = store.ring_size is None
+            store.make_room(end if full else min(end, store.ring_size), like, like, self.reserve)
+            if store.k.dtype != dtype:
+                return None
+            if full:
+                rooms.append(Room(store.k, store.v, new, end, everything))
+            else:
+                ring = step.ring_positions.contiguous() if ring is None else ring
+                rooms.append(Room(store.k, store.v, step.ring_slots, step.ring_keys, ring))
+        return rooms
 
     def advance(self, n: int) -> None:
         """Counts `n` new columns, after the last layer has stored them."""

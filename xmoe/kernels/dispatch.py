@@ -8,7 +8,7 @@ silence. Mixed precision follows `torch.autocast`: inside it, operations compute
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import torch
@@ -18,6 +18,7 @@ from xmoe.errors import ConfigError
 from xmoe.kernels import memory, portable, reference
 from xmoe.kernels.adapter import Adapter
 from xmoe.kernels.cpu import backend as cpu
+from xmoe.kernels.cpu import decode_step as cpu_decode_step
 from xmoe.kernels.cpu import packed as cpu_packed
 from xmoe.kernels.cuda import backend as triton_backend
 from xmoe.quantization.packed import PackedWeight
@@ -138,7 +139,7 @@ def experts(
 ) -> tuple[Tensor, Tensor | None]:
     """See :func:`xmoe.kernels.reference.experts`."""
     dense = isinstance(gate_up, Tensor) and isinstance(down, Tensor)
-    packed = not dense and cpu_packed.takes(gate_up, down)
+    packed = packed_in_c(gate_up, down)
     backend = _choose(
         x, c_takes=packed or cpu.takes(gate_up, down), triton_takes=dense or triton_backend.takes(gate_up, down)
     )
@@ -147,6 +148,24 @@ def experts(
     layer = gate_up, gate_up_bias, down, down_bias
     adapters = {"gate_up_adapter": gate_up_adapter, "down_adapter": down_adapter}
     return backend.experts(x, indices, weights, *layer, limit=limit, alpha=alpha, norms=norms, **adapters)
+
+
+def decode_step(x: Tensor) -> Callable | None:
+    """What takes the few tokens x [B, S, D] through all blocks in one call, or None where the modules must do it.
+
+    See :func:`xmoe.kernels.cpu.decode_step.decode_step`; the caller knows what the modules hold.
+    """
+    rows = x.shape[0] * x.shape[1]
+    if x.device.type != "cpu" or not 0 < rows <= cpu_decode_step.MOST_ROWS or torch.is_grad_enabled():
+        return None
+    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or _choose(x) is not cpu:
+        return None
+    return cpu_decode_step.decode_step
+
+
+def packed_in_c(gate_up: Tensor | PackedWeight, down: Tensor | PackedWeight) -> bool:
+    """Whether the C kernels take experts held like these as they are packed."""
+    return not isinstance(gate_up, Tensor) and not isinstance(down, Tensor) and cpu_packed.takes(gate_up, down)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

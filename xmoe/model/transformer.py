@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from xmoe.errors import ConfigError
 from xmoe.kernels import dispatch
+from xmoe.model import decode_step
 from xmoe.model.attention import Attention, Cache, Linear
 from xmoe.model.config import ModelConfig, preset
 from xmoe.model.experts import Experts, MoE
@@ -154,6 +155,12 @@ class Transformer(nn.Module):
         cos, sin = rope_tables(counted if positions is None else positions, self._inverse, self._concentration)
         per_layer = self._experts_per_layer(num_experts_per_tok)
         x = self.embed(tokens)
+        if cache is not None:
+            eps = self.config.rms_norm_eps
+            decided = decode_step.take(self.blocks, x, cos, sin, positions, cache, per_layer, eps=eps, norms=norms)
+            if decided is not None:
+                cache.advance(S)
+                return Features(self.norm(x), decided)
         routing: list[Routing] = []
         for block, k in zip(self.blocks, per_layer):
             arguments = (x, cos, sin, positions, cache, k, norms)

@@ -14,12 +14,13 @@
  * Products take their left side as rows of units (pairs of bf16, or floats) and their right side as lanes of units;
  * `interleave` and `transpose` bring rows of elements into these two forms, once per block.
  */
-#include "attention.h"
+#include "kernels.h"
 #include "product.h"
 
 #define BLOCK 64 /* queries and keys in a tile */
 #define LOW (-1e30f)
 #define HIDDEN INT32_MIN /* a key position that no query sees */
+#define FEW 32 /* query rows of a group up to which its keys are not worth bringing into another form */
 
 /* Sizes shared by both passes. A padded row of `width` elements is `units` used units and a tail of zeros. */
 struct sizes {
@@ -254,6 +255,7 @@ static int64_t forward_room(const struct attention *p, struct sizes z) {
 int NAME(attention_forward)(const struct attention *p) {
     struct sizes z = measure(p);
     if (!z.rows || !p->batch) return 0;
+    if (z.rows <= FEW && !p->lse && p->head_dim % LANES == 0) return NAME(attention_few)(p);
     int threads = max_threads();
     int64_t pairs = p->batch * p->groups, blocks = (z.rows + BLOCK - 1) / BLOCK;
     /* few sequences, many cores: several tasks share a group, each taking every parts-th block of queries */

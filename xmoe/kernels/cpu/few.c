@@ -4,6 +4,7 @@
  * A thread reads four rows of the weight together, far from each other. Neighbouring rows share pages, and such streams
  * the hardware does not tell apart: reading them together halves the bandwidth.
  */
+#include "kernels.h"
 #include "product.h"
 
 #define STREAMS 4    /* rows of the weight that are read together */

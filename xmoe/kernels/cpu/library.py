@@ -36,8 +36,15 @@ _SIGNATURES = {
     "few_rows": "pppilllp",
     "packed_product": "pppiplllp",
     "packed_experts": "pppppppppipplllllffpplfpplf",
+    "decode_step": "p",
 }
-_ANSWERING = ("attention", "grouped", "few", "packed")  # kernels with a workspace: 1 when there is no memory for it
+_ANSWERING = (
+    "attention",
+    "grouped",
+    "few",
+    "packed",
+    "decode",
+)  # kernels with a workspace: 1 when there is no memory for it
 _TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
 
 
@@ -50,6 +57,33 @@ class AttentionArguments(ctypes.Structure):
         + [(n, ctypes.c_int64) for n in ("batch", "queries", "keys", "groups", "heads_per_group", "head_dim", "window")]
         + [(f"{n}_stride", ctypes.c_int64 * 3) for n in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")]
         + [("scale", ctypes.c_float)]
+    )
+
+
+class DecodeLayer(ctypes.Structure):
+    """`struct decode_layer` of decode_step.h."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in ("attn_norm", "qkv", "qkv_bias", "out", "out_bias", "sinks")]
+        + [(name, ctypes.c_void_p) for name in ("moe_norm", "router", "router_bias")]
+        + [
+            (n, ctypes.c_void_p)
+            for n in ("up_blocks", "up_scales", "up_bias", "down_blocks", "down_scales", "down_bias")
+        ]
+        + [(n, ctypes.c_void_p) for n in ("keys", "values", "slots", "key_positions", "kept", "selection_bias")]
+        + [(name, ctypes.c_void_p) for name in ("logits", "weights", "norms", "indices")]
+        + [(name, ctypes.c_int64) for name in ("room", "key_count", "window", "experts", "chosen")]
+        + [(name, ctypes.c_float) for name in ("limit", "alpha")]
+    )
+
+
+class DecodeStepArguments(ctypes.Structure):
+    """`struct decode_step` of decode_step.h."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in ("layer", "x", "cosine", "sine", "positions")]
+        + [(n, ctypes.c_int64) for n in ("layers", "batch", "tokens", "width", "inner", "heads", "groups", "head_dim")]
+        + [("angle_batch", ctypes.c_int64), ("eps", ctypes.c_float)]
     )
 
 

@@ -10,6 +10,7 @@
  * first cache; no expert ever exists decoded.
  */
 #include "adapter.h"
+#include "kernels.h"
 #include "product.h"
 #if defined(__AVX2__)
 #include <immintrin.h>

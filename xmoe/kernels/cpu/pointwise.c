@@ -4,6 +4,7 @@
  * Sums over rows (weight gradients) are cut into a fixed number of pieces, never by thread, so the result does not
  * depend on how many threads run.
  */
+#include "kernels.h"
 #include "vector.h"
 
 #define PIECES 16 /* partial sums of a reduction over rows; the caller provides [PIECES, width] floats of room */

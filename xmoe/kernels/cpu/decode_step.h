@@ -1,0 +1,32 @@
+/* The arguments of a decode step; library.py mirrors these structs field by field. */
+#ifndef XMOE_CPU_DECODE_STEP_H
+#define XMOE_CPU_DECODE_STEP_H
+
+#include <stdint.h>
+
+/* One block. Weights, biases, norms and sinks are elements (bf16 or float), experts are MXFP4. */
+struct decode_layer {
+    const void *attn_norm, *qkv, *qkv_bias, *out, *out_bias, *sinks;    /* sinks [heads] */
+    const void *moe_norm, *router, *router_bias;                        /* router [experts, width] */
+    const void *up_blocks, *up_scales, *up_bias, *down_blocks, *down_scales, *down_bias;
+    void *keys, *values;          /* the cache: [batch, room, groups, head_dim] */
+    const int64_t *slots;         /* [tokens]: the rows of the cache that the new keys and values take */
+    const int64_t *key_positions; /* [batch, key_count] */
+    const uint8_t *kept;          /* [experts], 0 for those that may not be chosen; NULL: all may */
+    const float *selection_bias;  /* [experts], added to the scores for the choice alone; or NULL */
+    float *logits, *weights, *norms; /* written: [rows, experts], [rows, chosen]; norms NULL where nobody asks */
+    int64_t *indices;             /* written: [rows, chosen] */
+    int64_t room, key_count, window, experts, chosen; /* window 0: none */
+    float limit, alpha;
+};
+
+/* The new tokens of all sequences: rows = batch * tokens of them. */
+struct decode_step {
+    const struct decode_layer *layer;
+    void *x;                      /* [rows, width]: the embedded tokens, replaced by the stream before the final norm */
+    const float *cosine, *sine;   /* [1 or batch, tokens, head_dim / 2]; angle_batch 0 or tokens * head_dim / 2 */
+    const int64_t *positions;     /* [batch, tokens] */
+    int64_t layers, batch, tokens, width, inner, heads, groups, head_dim, angle_batch;
+    float eps;
+};
+#endif

@@ -29,7 +29,12 @@ CONFIG = ModelConfig(
     intermediate_size=64, num_experts=7, num_experts_per_tok=3, sliding_window=5, max_position_embeddings=64,
     initial_context_length=32,
 )  # fmt: skip
+DENSE = dataclasses.replace(CONFIG, hidden_size=90, intermediate_size=37)  # dense experts may have any width
 EPS = 2e-6  # of the largest logit, in fp32
+
+
+def dense_model() -> Transformer:
+    return randomize(Transformer(DENSE)).eval()
 
 
 def packed_model(config: ModelConfig = CONFIG) -> Transformer:
@@ -89,15 +94,16 @@ def same(found, expected) -> None:
                 torch.testing.assert_close(ours.output_norm, theirs.output_norm, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("make", [packed_model, dense_model], ids=["packed", "dense"])
 @settings(max_examples=25, deadline=None)
 @given(
     chunks=st.lists(st.integers(1, 4), min_size=2, max_size=12), prompt=st.integers(5, 17), batch=st.integers(1, 4),
     padding=st.integers(0, 3), rollback=st.sampled_from([0, 3]), norms=st.booleans(),
     k=st.sampled_from([None, 1, 7, [2, 3, 7]]),
 )  # fmt: skip
-def test_equals_the_modules(chunks, prompt, batch, padding, rollback, norms, k):
+def test_equals_the_modules(make, chunks, prompt, batch, padding, rollback, norms, k):
     """Prompts and steps of any length, left padding, rings that wrap, norms, and other numbers of experts."""
-    model = packed_model()
+    model = make()
     arguments = {
         "batch": batch,
         "padding": padding,
@@ -108,8 +114,9 @@ def test_equals_the_modules(chunks, prompt, batch, padding, rollback, norms, k):
     same(generate(model, [prompt, *chunks], **arguments), generate(model, [prompt, *chunks], in_c=False, **arguments))
 
 
-def test_takes_up_to_four_rows_and_leaves_the_rest_to_the_modules(calls):
-    model = packed_model()
+@pytest.mark.parametrize("make", [packed_model, dense_model], ids=["packed", "dense"])
+def test_takes_up_to_four_rows_and_leaves_the_rest_to_the_modules(make, calls):
+    model = make()
     generate(model, [9, 1, 2, 3, 4], rollback=3)
     assert calls.count == CONFIG.num_hidden_layers  # the prompt alone
     for chunks, batch, rollback in (([9, 5], 1, 4), ([9, 2, 1], 3, 3), ([9, 2, 1], 1, 0)):
@@ -118,11 +125,14 @@ def test_takes_up_to_four_rows_and_leaves_the_rest_to_the_modules(calls):
         assert calls.count == 2 * CONFIG.num_hidden_layers
 
 
-def test_bf16_is_as_near_to_fp32_as_the_modules_are():
+@pytest.mark.parametrize("make", [packed_model, dense_model], ids=["packed", "dense"])
+def test_bf16_is_as_near_to_fp32_as_the_modules_are(make):
     """All experts chosen, so that no router near a tie decides between them."""
-    config = dataclasses.replace(CONFIG, num_experts_per_tok=7)
-    exact = generate(packed_model(config), [9, 1, 3, 1, 1])
-    model = packed_model(config).to(torch.bfloat16)
+    model = make()
+    for block in model.blocks:
+        block.moe.router.num_experts_per_tok = 7
+    exact = generate(model, [9, 1, 3, 1, 1])
+    model.to(torch.bfloat16)
     errors = []
     for in_c in (True, False):
         found = generate(model, [9, 1, 3, 1, 1], in_c=in_c)
@@ -184,7 +194,7 @@ def unusual(name: str, model: Transformer, monkeypatch):
         block.moe_norm.weight.data = block.moe_norm.weight.data.double()
     elif name == "portable":
         around = dispatch.use("portable")
-    elif name == "dense experts":
+    elif name == "half packed":
         experts = block.moe.experts
         weight = experts.gate_up.decode(dtype=torch.float32)
         del experts.gate_up
@@ -199,7 +209,7 @@ def unusual(name: str, model: Transformer, monkeypatch):
 @pytest.mark.parametrize(
     "name",
     [
-        "hook", "replaced forward", "dispatcher", "adapter", "another dtype", "portable", "dense experts", "gradients",
+        "hook", "replaced forward", "dispatcher", "adapter", "another dtype", "portable", "half packed", "gradients",
         "autocast",
     ],
 )  # fmt: skip

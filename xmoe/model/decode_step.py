@@ -1,8 +1,8 @@
 """Which steps of generation one call in C takes, and what it needs of the modules: see `xmoe.kernels.cpu.decode_step`.
 
-It serves a few tokens behind a cache on the CPU, where nothing is unusual: packed MXFP4 experts, one dtype, no gradients,
-no adapters, no hooks, no other dispatcher. Everything else goes from module to module as always, with the same result up
-to rounding.
+It serves a few tokens behind a cache on the CPU, where nothing is unusual: experts in MXFP4 or as they were trained, one
+dtype, no gradients, no adapters, no hooks, no other dispatcher. Everything else goes from module to module as always, with
+the same result up to rounding.
 """
 
 from __future__ import annotations
@@ -68,14 +68,18 @@ def _layer(block: nn.Module, dtype: torch.dtype) -> Layer | None:
     if any(adapter is not None for adapter in adapters):
         return None
     gate_up, down = experts.gate_up, experts.down
-    if not dispatch.packed_in_c(gate_up, down):
+    if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
+        gate_up_forms, down_forms = (gate_up, None), (down, None)
+    elif dispatch.packed_in_c(gate_up, down):
+        gate_up_forms, down_forms = (gate_up.blocks, gate_up.scales), (down.blocks, down.scales)
+    else:
         return None
     found = Layer(
         block.attn_norm.weight, attn.qkv.weight, attn.qkv.bias, attn.out.weight, attn.out.bias, attn.sinks,
         block.moe_norm.weight, router.weight, router.bias,
-        gate_up.blocks, gate_up.scales, experts.gate_up_bias, down.blocks, down.scales, experts.down_bias,
+        *gate_up_forms, experts.gate_up_bias, *down_forms, experts.down_bias,
     )  # fmt: skip
-    whole = all(t.is_contiguous() and t.dtype in (dtype, torch.uint8) for t in found)
+    whole = all(t is None or (t.is_contiguous() and t.dtype in (dtype, torch.uint8)) for t in found)
     return found if whole else None
 
 

@@ -78,9 +78,13 @@ static int block(const struct decode_step *s, const struct decode_layer *l, stru
     as_floats(l->logits, w.y, rows * l->experts);
     for (int64_t r = 0; r < rows; r++)
         choose(l, l->logits + r * l->experts, l->indices + r * l->chosen, l->weights + r * l->chosen);
-    failed = NAME(packed_experts)(w.normed, l->indices, l->weights, l->up_blocks, l->up_scales, l->up_bias, l->down_blocks,
-                                  l->down_scales, l->down_bias, bias_is_float, w.y, l->norms, rows, l->chosen, l->experts, D,
-                                  s->inner, l->limit, l->alpha, NULL, NULL, 0, 0, NULL, NULL, 0, 0);
+    if (l->up_scales)
+        failed = NAME(packed_experts)(w.normed, l->indices, l->weights, l->up, l->up_scales, l->up_bias, l->down, l->down_scales,
+                                      l->down_bias, bias_is_float, w.y, l->norms, rows, l->chosen, l->experts, D, s->inner,
+                                      l->limit, l->alpha, NULL, NULL, 0, 0, NULL, NULL, 0, 0);
+    else
+        failed = NAME(few_experts)(w.normed, l->indices, l->weights, l->up, l->up_bias, l->down, l->down_bias, bias_is_float, w.y,
+                                   l->norms, rows, l->chosen, D, s->inner, l->limit, l->alpha);
     add(x, w.y, rows * D);
     return failed;
 }

@@ -4,11 +4,11 @@
 
 #include <stdint.h>
 
-/* One block. Weights, biases, norms and sinks are elements (bf16 or float), experts are MXFP4. */
+/* One block. Weights, biases, norms and sinks are elements (bf16 or float); so are experts, or else they are MXFP4. */
 struct decode_layer {
     const void *attn_norm, *qkv, *qkv_bias, *out, *out_bias, *sinks;    /* sinks [heads] */
     const void *moe_norm, *router, *router_bias;                        /* router [experts, width] */
-    const void *up_blocks, *up_scales, *up_bias, *down_blocks, *down_scales, *down_bias;
+    const void *up, *up_scales, *up_bias, *down, *down_scales, *down_bias; /* packed blocks where there are scales */
     void *keys, *values;          /* the cache: [batch, room, groups, head_dim] */
     const int64_t *slots;         /* [tokens]: the rows of the cache that the new keys and values take */
     const int64_t *key_positions; /* [batch, key_count] */

@@ -20,7 +20,10 @@ ALPHA = 1.702
 
 
 class Layer(NamedTuple):
-    """The tensors of one block, all of one dtype and contiguous, experts MXFP4; shapes as in the modules."""
+    """The tensors of one block, all of one dtype and contiguous; shapes as in the modules.
+
+    Experts of that dtype too, without scales; or gate_up and down are MXFP4 blocks, uint8, beside their scales.
+    """
 
     attn_norm: Tensor
     qkv: Tensor
@@ -31,12 +34,17 @@ class Layer(NamedTuple):
     moe_norm: Tensor
     router: Tensor
     router_bias: Tensor
-    gate_up_blocks: Tensor
-    gate_up_scales: Tensor
+    gate_up: Tensor
+    gate_up_scales: Tensor | None
     gate_up_bias: Tensor
-    down_blocks: Tensor
-    down_scales: Tensor
+    down: Tensor
+    down_scales: Tensor | None
     down_bias: Tensor
+
+    @property
+    def intermediate_size(self) -> int:
+        """F."""
+        return self.down.shape[2] * (1 if self.down_scales is None else 32)  # blocks [E, D, F / 32, 16]
 
 
 class Room(NamedTuple):
@@ -96,7 +104,7 @@ def decode_step(
     angle_batch = 0 if cos.shape[0] == 1 else cos.stride(0)
     step = DecodeStepArguments(
         ctypes.addressof(table), x.data_ptr(), cos.data_ptr(), sin.data_ptr(), positions.data_ptr(),
-        len(layers), B, S, D, layers[0].down_scales.shape[-1] * 32, heads, G, Dh, angle_batch, eps,
+        len(layers), B, S, D, layers[0].intermediate_size, heads, G, Dh, angle_batch, eps,
     )  # fmt: skip
     run("decode_step", x.dtype, ctypes.addressof(step))
     return [

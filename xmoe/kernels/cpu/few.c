@@ -1,4 +1,4 @@
-/* A dense product for a handful of rows, as decoding has them: the weight streams past once, straight from where it lies,
+/* Dense products for a handful of rows, as decoding has them: the weight streams past once, straight from where it lies,
  * and each vector of it is multiplied with every row. bf16 weights are multiplied in pairs where the machine does that.
  *
  * A thread reads four rows of the weight together, far from each other. Neighbouring rows share pages, and such streams
@@ -40,7 +40,7 @@ INLINE void add_products(int rows, int64_t left, const element *const *weight, i
     }
 }
 INLINE void columns_by_rows(int rows, const element *weight, const ready *x, int64_t x_row, int64_t inner, int64_t columns,
-                            const void *bias, int bias_is_float, element *y, int64_t y_row) {
+                            const void *bias, int bias_is_float, void *y, int64_t y_row, int y_is_float) {
     int64_t each = (columns + STREAMS - 1) / STREAMS; /* columns of a stream */
     for (int64_t c = 0; c < each; c++) {
         vf sums[STREAMS][MOST_ROWS] = {0};
@@ -57,9 +57,26 @@ INLINE void columns_by_rows(int rows, const element *weight, const ready *x, int
             int64_t j = column[i];
             float b = !bias ? 0.0f : bias_is_float ? ((const float *)bias)[j] : widen_one(((const uint16_t *)bias)[j]);
 #pragma GCC unroll 4
-            for (int r = 0; r < rows; r++) store_one(y + r * y_row + j, total_lanes(sums[i][r]) + b);
+            for (int r = 0; r < rows; r++) {
+                float sum = total_lanes(sums[i][r]) + b;
+                if (y_is_float) ((float *)y)[r * y_row + j] = sum;
+                else store_one((element *)y + r * y_row + j, sum);
+            }
         }
     }
+}
+
+INLINE const void *bias_from(const void *bias, int is_float, int64_t first) {
+    return !bias ? NULL : (const char *)bias + first * (is_float ? 4 : 2);
+}
+/* rows of x as they are multiplied, zero beyond the end */
+INLINE void make_ready(ready *to, const element *x, int64_t inner, int64_t padded) {
+    for (int64_t i = 0; i < padded; i++)
+#if PAIR == 2
+        to[i] = i < inner ? x[i] : 0;
+#else
+        to[i] = i < inner ? load_one(x + i) : 0.0f;
+#endif
 }
 
 /* y [rows, columns] = x [rows, inner] weight [columns, inner]^T + bias [columns], floats or bf16, or NULL; up to 4 rows */
@@ -68,25 +85,90 @@ int NAME(few_rows)(const element *x, const element *weight, const void *bias, in
     int64_t x_row = round_up(inner, STEP), tasks = (columns + TASK - 1) / TASK;
     ready *from = rooms(rows * x_row * sizeof(ready));
     if (!from) return 1;
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t i = 0; i < x_row; i++)
-#if PAIR == 2
-            from[r * x_row + i] = i < inner ? x[r * inner + i] : 0;
-#else
-            from[r * x_row + i] = i < inner ? load_one(x + r * inner + i) : 0.0f;
-#endif
-#pragma omp parallel for schedule(dynamic)
+    for (int64_t r = 0; r < rows; r++) make_ready(from + r * x_row, x + r * inner, inner, x_row);
+#pragma omp parallel for schedule(dynamic) if (WORTH_SHARING(columns * inner / 4))
     for (int64_t task = 0; task < tasks; task++) {
         int64_t first = task * TASK, count = smaller(TASK, columns - first);
         const element *w = weight + first * inner;
-        const void *b = !bias ? NULL : bias_is_float ? (const void *)((const float *)bias + first) : (const void *)((const uint16_t *)bias + first);
+        const void *b = bias_from(bias, bias_is_float, first);
         switch (rows) {
-        case 1: columns_by_rows(1, w, from, x_row, inner, count, b, bias_is_float, y + first, columns); break;
-        case 2: columns_by_rows(2, w, from, x_row, inner, count, b, bias_is_float, y + first, columns); break;
-        case 3: columns_by_rows(3, w, from, x_row, inner, count, b, bias_is_float, y + first, columns); break;
-        default: columns_by_rows(4, w, from, x_row, inner, count, b, bias_is_float, y + first, columns);
+        case 1: columns_by_rows(1, w, from, x_row, inner, count, b, bias_is_float, y + first, columns, 0); break;
+        case 2: columns_by_rows(2, w, from, x_row, inner, count, b, bias_is_float, y + first, columns, 0); break;
+        case 3: columns_by_rows(3, w, from, x_row, inner, count, b, bias_is_float, y + first, columns, 0); break;
+        default: columns_by_rows(4, w, from, x_row, inner, count, b, bias_is_float, y + first, columns, 0);
         }
     }
     free(from);
+    return 0;
+}
+
+#define PIECE 64 /* rows of an expert's weight that a task takes: gates and ups in turn */
+
+/* Rows `first` and following of an expert's gate_up, 64 at most, and the clamped SwiGLU of their pairs. */
+static void activate(const element *weight, const void *bias, int bias_is_float, const ready *x, int64_t width, int64_t count,
+                     float limit, float alpha, ready *act) {
+    float h[PIECE] = {0}, done[PIECE / 2];
+    columns_by_rows(1, weight, x, 0, width, count, bias, bias_is_float, h, 0, 1);
+    for (int64_t r = 0; r < PIECE; r += 2 * LANES) {
+        vf low = load_float(h + r), high = load_float(h + r + LANES);
+        vf gate = vmin(EVEN(low, high), splat(limit)), up = vmax(vmin(ODD(low, high), splat(limit)), splat(-limit));
+        store_float(done + r / 2, gate * sigmoid_lanes(gate * alpha) * (up + 1.0f));
+    }
+    for (int64_t r = 0; r < count / 2; r++) {
+#if PAIR == 2
+        act[r] = narrow_one(done[r]);
+#else
+        act[r] = done[r];
+#endif
+    }
+}
+
+/* packed_experts of mxfp4.c for dense weights and a handful of tokens: y[t] = sum over k of weights[t, k] f_e(x[t]).
+ *
+ * Each (token, expert) pair reads its expert's rows; gate_up [experts, 2 inner, width], down [experts, width, inner]. */
+int NAME(few_experts)(const element *x, const int64_t *indices, const float *weights, const element *gate_up,
+                      const void *up_bias, const element *down, const void *down_bias, int bias_is_float, element *y, float *norms,
+                      int64_t tokens, int64_t slots, int64_t width, int64_t inner, float limit, float alpha) {
+    int64_t pairs = tokens * slots, x_row = round_up(width, STEP), act_row = round_up(inner, STEP);
+    int64_t up_tasks = (2 * inner + PIECE - 1) / PIECE, down_tasks = (width + PIECE - 1) / PIECE;
+    char *all = rooms((tokens * x_row + pairs * act_row) * sizeof(ready) + pairs * width * 4 + 3 * 64), *room = all;
+    if (!room) return 1;
+    ready *from = carve(&room, tokens * x_row * sizeof(ready)), *act = carve(&room, pairs * act_row * sizeof(ready));
+    float *out = carve(&room, pairs * width * 4);
+    for (int64_t t = 0; t < tokens; t++) make_ready(from + t * x_row, x + t * width, width, x_row);
+    for (int64_t i = 0; i < pairs; i++) memset(act + i * act_row + inner, 0, (act_row - inner) * sizeof(ready));
+#pragma omp parallel if (WORTH_SHARING(pairs * inner * width / 2))
+    {
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < pairs * up_tasks; task++) {
+            int64_t i = task / up_tasks, first = task % up_tasks * PIECE, e = indices[i];
+            if (e < 0) continue;
+            activate(gate_up + (e * 2 * inner + first) * width, bias_from(up_bias, bias_is_float, e * 2 * inner + first), bias_is_float,
+                     from + i / slots * x_row, width, smaller(PIECE, 2 * inner - first), limit, alpha, act + i * act_row + first / 2);
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < pairs * down_tasks; task++) {
+            int64_t i = task / down_tasks, first = task % down_tasks * PIECE, e = indices[i];
+            if (e < 0) continue;
+            columns_by_rows(1, down + (e * width + first) * inner, act + i * act_row, 0, inner, smaller(PIECE, width - first),
+                            bias_from(down_bias, bias_is_float, e * width + first), bias_is_float, out + i * width + first, 0, 1);
+        }
+    }
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t c = 0; c < width; c += LANES) {
+            vf sum = splat(0.0f);
+            for (int64_t i = t * slots; i < (t + 1) * slots; i++)
+                if (indices[i] >= 0) sum += load_float_part(out + i * width + c, width - c) * weights[i];
+            store_part(y + t * width + c, sum, width - c);
+        }
+    for (int64_t i = 0; norms && i < pairs; i++) {
+        vf square = splat(0.0f);
+        for (int64_t c = 0; indices[i] >= 0 && c < width; c += LANES) {
+            vf v = load_float_part(out + i * width + c, width - c);
+            square += v * v;
+        }
+        norms[i] = sqrtf(total_lanes(square));
+    }
+    free(all);
     return 0;
 }

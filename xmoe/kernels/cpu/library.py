@@ -66,10 +66,7 @@ class DecodeLayer(ctypes.Structure):
     _fields_ = (
         [(name, ctypes.c_void_p) for name in ("attn_norm", "qkv", "qkv_bias", "out", "out_bias", "sinks")]
         + [(name, ctypes.c_void_p) for name in ("moe_norm", "router", "router_bias")]
-        + [
-            (n, ctypes.c_void_p)
-            for n in ("up_blocks", "up_scales", "up_bias", "down_blocks", "down_scales", "down_bias")
-        ]
+        + [(n, ctypes.c_void_p) for n in ("up", "up_scales", "up_bias", "down", "down_scales", "down_bias")]
         + [(n, ctypes.c_void_p) for n in ("keys", "values", "slots", "key_positions", "kept", "selection_bias")]
         + [(name, ctypes.c_void_p) for name in ("logits", "weights", "norms", "indices")]
         + [(name, ctypes.c_int64) for name in ("room", "key_count", "window", "experts", "chosen")]

@@ -67,7 +67,7 @@ def describe(checkpoint, context_lengths: list[int], dtype: str = "auto") -> dic
         "other_bytes": reader.total_bytes - expert_bytes,
         "other_dtype": str(checkpoint.tensor_dtype()).removeprefix("torch."),
         "expert_formats": checkpoint.formats,
-        "expert_ranks": sorted({r for n in names if (r := checkpoint.rank(n)) is not None}),
+        "expert_ranks": sorted({rank for n in names for rank in checkpoint.ranks(n)}),
         "parameters": total,
         "active_parameters": active,
         "layers": config.num_hidden_layers,

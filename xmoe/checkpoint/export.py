@@ -97,10 +97,13 @@ class Plan:
             yield value
             return
         for expert in range(value.shape[0]):
-            if isinstance(value, PackedWeight):
-                dense = value.decode([expert], self.dtype or torch.bfloat16)
-            else:
+            if not isinstance(value, PackedWeight):
                 dense = value[expert : expert + 1]
+            elif isinstance(own := value.expert(expert), PackedWeight) and own.format == self.layout.experts:
+                yield own  # one of several forms, and the layout's own
+                continue
+            else:
+                dense = value.decode([expert], self.dtype or torch.bfloat16)
             yield self._encode(dense) if rule.kind == "packed" else dense
 
 

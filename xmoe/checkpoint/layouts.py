@@ -183,13 +183,9 @@ def is_expert_weight(native: str) -> bool:
     return native.rpartition(".")[2] in EXPERT_WEIGHTS
 
 
-def packed_shapes(
-    format: str, shape: tuple[int, int, int], group: int = GROUP, rank: int = 0
-) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors that hold a weight of the logical `shape`, in groups of `group` inputs or of rank `rank`."""
+def packed_shapes(format: str, shape: tuple[int, int, int], group: int = GROUP) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that hold a weight of the logical `shape` in groups of `group` inputs, zero points among them."""
     E, out, width = shape
-    if format == "low-rank":
-        return {"left": (E, out, rank), "right": (E, rank, width)}
     if format == "mxfp4":
         return {"blocks": (E, out, width // GROUP, GROUP // 2), "scales": (E, out, width // GROUP)}
     values = width if format == "int8" else width // 2

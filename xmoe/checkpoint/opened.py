@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from xmoe.checkpoint import config_files
+from xmoe.checkpoint import config_files, forms
 from xmoe.checkpoint.hub import local_folder
 from xmoe.checkpoint.layouts import (
     SELECTION_BIAS,
@@ -20,7 +20,6 @@ from xmoe.checkpoint.layouts import (
     is_expert_weight,
     mismatch,
     native_shapes,
-    packed_shapes,
     stored_shapes,
     to_native,
 )
@@ -28,7 +27,7 @@ from xmoe.checkpoint.shards import ShardReader
 from xmoe.errors import CheckpointError
 from xmoe.model.describe import parameter_counts
 from xmoe.quantization import mxfp4
-from xmoe.quantization.packed import FORMATS, PackedWeight
+from xmoe.quantization.packed import PackedWeight
 
 ADAPTER = "adapter.json"
 """What a folder has that holds no model but an adapter of one: see :mod:`xmoe.checkpoint.adapters`."""
@@ -70,7 +69,12 @@ class Checkpoint:
             )
         self.shapes = native_shapes(self.config)
         self.rules: dict[str, Rule] = {rule.native: rule for rule in self.layout.rules(self.config)}
-        self._formats = {n: self._format(n) for n in self.rules if is_expert_weight(n)}
+        weights = [n for n in self.rules if is_expert_weight(n)]
+        native = self.layout.experts is None
+        self.forms: dict[str, forms.Form] = (
+            {n: forms.read_form(self.reader, n, self.shapes[n]) for n in weights} if native else {}
+        )
+        self._formats = {n: self.forms[n].format if native else self.layout.experts for n in weights}
         self._account()
 
     # ------------------------------------------------------------------------------------------------------- reading
@@ -80,34 +84,29 @@ class Checkpoint:
         return iter(self.rules)
 
     def format(self, name: str) -> str:
-        """Of an expert weight: "dense" or a format of xmoe.quantization."""
+        """Of an expert weight: "dense", a packed format, "low-rank" or "mixed"."""
         return self._formats[name]
 
-    def rank(self, name: str) -> int | None:
-        """Rank of a low-rank expert weight; None of any other."""
-        if self._formats.get(name) != "low-rank":
-            return None
-        stored = self.reader[f"{name}.left" if f"{name}.left" in self.reader else f"{name}.right"]
-        return stored.shape[2 if stored.name.endswith(".left") else 1] if len(stored.shape) == 3 else 0
+    def ranks(self, name: str) -> list[int]:
+        """Rank of a low-rank expert weight, or of each low-rank part of a mixed one; empty for any other tensor."""
+        return self.forms[name].ranks if name in self.forms else []
 
     def weight(self, name: str) -> Tensor | PackedWeight:
         """The native tensor `name` on the CPU, dtype and packing as stored: a view of the mapped file where it can be."""
-        format = self._formats.get(name)
-        if format not in (None, "dense") and self.layout.name == "native":
-            tensors = {n.rpartition(".")[2]: self.reader.tensor(n) for n in self.stored_names(name)}
-            value: Tensor | PackedWeight = PackedWeight(format, tensors)
+        if name in self.forms:
+            value = forms.read_weight(self.reader, self.forms[name])
         else:
             rule = self.rules[name]
             value = to_native(rule, [self.reader.tensor(foreign) for foreign in rule.foreign])
-        if format == "mxfp4":
-            mxfp4.check_scales(value.scales, f"{self.folder}: {name}")
+        if isinstance(value, PackedWeight):
+            for stored, tensor in value.tensors.items():
+                if stored.endswith("scales") and tensor.dtype == torch.uint8:
+                    mxfp4.check_scales(tensor, f"{self.folder}: {name}")
         return value
 
     def stored_names(self, name: str) -> list[str]:
         """What the native tensor `name` is called on disk: one name or several."""
-        if self.layout.name == "native" and self._formats.get(name) not in (None, "dense"):
-            return [n for n in self.reader if n.startswith(name + ".")]
-        return list(self.rules[name].foreign)
+        return list(self.forms[name].expected) if name in self.forms else list(self.rules[name].foreign)
 
     def selection_bias(self, layer: int) -> Tensor | None:
         """The balancing bias of a layer's router, where the model was trained with one."""
@@ -116,17 +115,19 @@ class Checkpoint:
 
     @property
     def formats(self) -> list[str]:
-        """Formats of the experts, most common first: ["mxfp4"], or ["dense", "int8"] where layers differ."""
-        return [f for f, _ in Counter(self._formats.values()).most_common()]
+        """Formats of the experts, most common first: ["mxfp4"], or ["dense", "int8"] where layers or experts differ."""
+        named = (
+            f for n, format in self._formats.items() for f in (self.forms[n].formats if n in self.forms else [format])
+        )
+        return [f for f, _ in Counter(named).most_common()]
 
     @property
-    def spared(self) -> list[int]:
-        """For each layer, what low-rank factors spare in one expert: parameters of the whole matrices less theirs."""
-        found = [0] * self.config.num_hidden_layers
-        for name in self._formats:
-            if rank := self.rank(name):
-                _, out, width = self.shapes[name]
-                found[int(name.split(".")[1])] += out * width - rank * (out + width)
+    def spared(self) -> list[list[int]]:
+        """For each layer, what low-rank factors spare in each expert: parameters of the whole matrices less theirs."""
+        found = [[0] * self.config.experts_in_layer(i) for i in range(self.config.num_hidden_layers)]
+        for name, form in self.forms.items():
+            layer = int(name.split(".")[1])
+            found[layer] = [a + b for a, b in zip(found[layer], forms.spared(self.reader, form))]
         return found
 
     @property
@@ -148,31 +149,11 @@ class Checkpoint:
             )
         return [rows[i][0] for i in range(layers)]
 
-    def _format(self, name: str) -> str:
-        if self.layout.experts is not None:
-            return self.layout.experts
-        if f"{name}.blocks" in self.reader or f"{name}.scales" in self.reader:
-            values = f"{name}.values"
-            if values not in self.reader:
-                return "mxfp4"
-            # int4 has two values a byte
-            return "int8" if self.reader[values].shape[-1:] == self.shapes[name][-1:] else "int4"
-        return "low-rank" if f"{name}.left" in self.reader or f"{name}.right" in self.reader else "dense"
-
     def _expected(self) -> dict[str, tuple[int, ...]]:
         expected: dict[str, tuple[int, ...]] = {}
         for name, rule in self.rules.items():
-            shape, format = self.shapes[name], self._formats.get(name)
-            if self.layout.name != "native" or format in (None, "dense"):
-                expected |= stored_shapes(rule, self.config, shape)
-                continue
-            scales = f"{name}.scales"
-            groups = self.reader[scales].shape[-1] if scales in self.reader and self.reader[scales].shape else 1
-            packed = packed_shapes(format, shape, max(shape[-1] // max(groups, 1), 1), self.rank(name) or 0)
-            optional = FORMATS[format].optional
-            expected |= {
-                f"{name}.{t}": s for t, s in packed.items() if t not in optional or f"{name}.{t}" in self.reader
-            }
+            form = self.forms.get(name)
+            expected |= form.expected if form else stored_shapes(rule, self.config, self.shapes[name])
         if self.layout.name == "native":
             biases = [(SELECTION_BIAS.format(i=i), i) for i in range(self.config.num_hidden_layers)]
             expected |= {n: (self.config.experts_in_layer(i),) for n, i in biases if n in self.reader}
@@ -195,16 +176,16 @@ class Checkpoint:
                 fits, wanted = dtype.is_floating_point, "a floating point type"
             if not fits:
                 raise CheckpointError(f"{self.folder}: {name} has {dtype} where {wanted} was expected")
+        for name in self.forms:
+            if name.endswith(".gate_up"):
+                pair = self.forms[name], self.forms[name.removesuffix("gate_up") + "down"]
+                forms.check_parts(self.reader, *pair, str(self.folder))
 
     def _bytes(self, rule: Rule) -> tuple[str, ...]:
         """Foreign tensors of a packed weight that hold bytes rather than floats."""
-        format = self._formats.get(rule.native)
-        if format in (None, "dense"):
-            return ()
-        if self.layout.name != "native":
-            return rule.foreign
-        bytes = {"mxfp4": ("blocks", "scales"), "low-rank": ()}.get(format, ("values", "zeros"))
-        return tuple(n for n in self.stored_names(rule.native) if n.rpartition(".")[2] in bytes)
+        if rule.native in self.forms:
+            return self.forms[rule.native].bytes
+        return rule.foreign if rule.kind == "packed" else ()
 
     def tensor_dtype(self) -> torch.dtype:
         """dtype of what is not packed, by the embedding."""

@@ -82,10 +82,10 @@ def prune(model: Transformer, plan: PrunePlan) -> Transformer:
         raise ConfigError("the model carries adapters, which a cut would lose; merge them first, or prune its base")
     with torch.device("meta"):
         small = Transformer(pruned_config(model.config, plan))
-    for name, module in model.named_modules():
-        if isinstance(module, PackedWeight):
-            owner, _, leaf = name.rpartition(".")
-            small.get_submodule(owner).pack(leaf, module.select_experts(plan.kept[_layer(name)]))
+    for old, new, kept in zip(model.blocks, small.blocks, plan.kept):
+        for name in ("gate_up", "down"):
+            if isinstance(weight := getattr(old.moe.experts, name), PackedWeight):
+                new.moe.experts.pack(name, weight.select_experts(kept))
     for name, parameter in model.named_parameters():
         kept = parameter.data[list(plan.kept[_layer(name)])] if _is_by_expert(name) else parameter.data.clone()
         owner, _, leaf = name.rpartition(".")

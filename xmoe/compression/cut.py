@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from xmoe.checkpoint import config_files, sidecars
+from xmoe.checkpoint import config_files, forms, sidecars
 from xmoe.checkpoint.layouts import SELECTION_BIAS
 from xmoe.checkpoint.opened import Checkpoint
 from xmoe.checkpoint.shards import MAX_SHARD_BYTES, ShardWriter, read_json
@@ -68,12 +69,17 @@ def prune_checkpoint(
             "first, or plan with --budget uniform"
         )
     rows = max(plan.counts) if uneven and pad else None
-    by_expert = expert_tensors(checkpoint)
+    if rows is not None and "mixed" in (form.format for form in checkpoint.forms.values()):
+        raise ConfigError(
+            "experts that differ in form have no stack to be filled up; leave --pad out: native holds any count"
+        )
+    chosen = kept_rows(checkpoint, plan.kept)
     tensors = {}
     for name, info in checkpoint.reader.tensors.items():
-        layer = by_expert.get(name)
-        shape = info.shape if layer is None else (rows or plan.counts[layer], *info.shape[1:])
-        tensors[name] = (info.dtype, shape)
+        if name not in chosen:
+            tensors[name] = (info.dtype, info.shape)
+        elif chosen[name]:  # a part that loses all its experts goes
+            tensors[name] = (info.dtype, (rows or len(chosen[name]), *info.shape[1:]))
     with (
         new_folder(destination, overwrite) as partial,
         manifest.SourceHashes(checkpoint.reader.files) as source_hashes,
@@ -83,10 +89,10 @@ def prune_checkpoint(
         bar = tqdm(total=writer.total_bytes, desc="pruning", unit="B", unit_scale=True, disable=None)
         with writer, bar:
             for name in tensors:
-                digest, layer = hashlib.sha256(), by_expert.get(name)
-                writer.copy_rows(name, checkpoint.reader, name, None if layer is None else plan.kept[layer], digest)
-                if layer is not None and rows is not None and rows > plan.counts[layer]:
-                    dead = _dead_rows(name, checkpoint, rows - plan.counts[layer])
+                digest, kept = hashlib.sha256(), chosen.get(name)
+                writer.copy_rows(name, checkpoint.reader, name, kept, digest)
+                if kept is not None and rows is not None and rows > len(kept):
+                    dead = _dead_rows(name, checkpoint, rows - len(kept))
                     writer.append(name, dead)
                     digest.update(dead.contiguous().view(torch.uint8).numpy().tobytes())
                 hashes[name] = digest.hexdigest()
@@ -94,7 +100,8 @@ def prune_checkpoint(
         sidecars.keep(checkpoint.folder, partial)
         _write_config(checkpoint, plan, rows, partial)
         after = pruned_config(config, plan)
-        total, active = parameter_counts(after, checkpoint.spared)
+        spared = [[row[e] for e in kept] for row, kept in zip(checkpoint.spared, plan.kept)]
+        total, active = parameter_counts(after, spared)
         operation = {"name": "prune", "criterion": plan.criterion, "budget": plan.budget, "data": plan.data}
         if rows is not None:
             operation["padded_to"] = rows
@@ -124,16 +131,25 @@ def identify(checkpoint: Checkpoint) -> str:
     return hash_of(checkpoint.config, checkpoint.weight)
 
 
-def expert_tensors(checkpoint: Checkpoint) -> dict[str, int]:
-    """Names on disk of all tensors with the expert on dimension 0 -> their layer."""
-    found = {}
+def kept_rows(checkpoint: Checkpoint, kept: Sequence[Sequence[int]]) -> dict[str, list[int]]:
+    """Names on disk of all tensors with the expert on dimension 0 -> the rows that hold the experts `kept` of their layer.
+
+    A row is an expert, but where the experts of a layer differ in form: there every part has rows of its own.
+    """
+    found: dict[str, list[int]] = {}
     for native in checkpoint:
-        if ".moe.router." in native or ".moe.experts." in native:
-            layer = int(native.split(".")[1])
-            found |= dict.fromkeys(checkpoint.stored_names(native), layer)
+        if native in checkpoint.forms:
+            held = forms.members(checkpoint.reader, checkpoint.forms[native])
+        elif ".moe.router." in native or ".moe.experts." in native:
+            held = dict.fromkeys(checkpoint.stored_names(native))
+        else:
+            continue
+        chosen = kept[int(native.split(".")[1])]
+        for name, ids in held.items():
+            found[name] = list(chosen) if ids is None else [row for row, e in enumerate(ids) if e in set(chosen)]
     for layer in range(checkpoint.config.num_hidden_layers):
         if (name := SELECTION_BIAS.format(i=layer)) in checkpoint.reader:
-            found[name] = layer
+            found[name] = list(kept[layer])
     return found
 
 

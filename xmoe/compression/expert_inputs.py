@@ -16,6 +16,7 @@ from xmoe.compression.layerwise import Batch, Visit, walk
 from xmoe.compression.reconstruction import expert_output
 from xmoe.model.experts import MoE
 from xmoe.model.transformer import Transformer
+from xmoe.quantization.packed import matrices
 
 _ROWS = 4096  # rows that exist in float64 at a time
 _RIDGE = 1e-8  # of the mean eigenvalue: keeps a second moment positive definite and changes nothing else
@@ -60,17 +61,24 @@ class LayerInputs:
         both = [mixed(m, len(x), pooled, shape) for m, pooled in zip(own, everything)]
         return both[0], both[1], len(x)
 
-    def norms(self, e: int, weighted: bool) -> tuple[Tensor, Tensor]:
+    def norms(self, e: int, weighted: bool) -> dict[str, Tensor]:
         """Length of every input of gate_up [D] and of down [F] over the tokens of expert e, times g where `weighted`.
 
-        An expert that no token is sent to counts as if it had got one, the average of all.
+        Of a low-rank weight those of its factors: `gate_up.right` is fed the inputs, `gate_up.left` what right makes of
+        them. An expert that no token is sent to counts as if it had got one, the average of all.
         """
         x, g = self.of(e)
         if not len(x):
             x, g = self.inputs, torch.full((len(self.inputs),), len(self.inputs) ** -0.5, device=self.inputs.device)
         elif not weighted:
             g = torch.ones_like(g)
-        return tuple(_square_sums(rows, g).sqrt().float() for rows in (x, self.hidden(e, x)))
+        found = {}
+        for name, fed in (("gate_up", x), ("down", self.hidden(e, x))):
+            *outer, inner = matrices(getattr(self.moe.experts, name), e, torch.float32)
+            found[f"{name}.right" if outer else name] = _square_sums(fed, g).sqrt().float()
+            if outer:
+                found[f"{name}.left"] = _square_sums(fed.float() @ inner.T, g).sqrt().float()
+        return found
 
     @cached_property
     def _all(self) -> Tensor:

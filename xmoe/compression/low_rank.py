@@ -3,12 +3,15 @@
 Plain, or fitted to what each expert is fed (activation-aware, as SVD-LLM, arXiv 2403.07378): the error that counts is that
 of outputs, so directions in which inputs are small may go first. gate_up is factored as one matrix, its gate and up rows
 interleaved as they are, so both share the inner factor; biases stay. See :mod:`xmoe.quantization.low_rank`.
+
+A weight in any other form is decoded for it, and judged by the bytes it takes in that form; one that is low-rank already
+is multiplied out and factored again.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,10 +22,14 @@ from xmoe.compression.layerwise import Batch
 from xmoe.errors import ConfigError
 from xmoe.model.experts import Experts
 from xmoe.model.transformer import Transformer
+from xmoe.quantization.compound import assemble
 from xmoe.quantization.low_rank import factor
-from xmoe.quantization.packed import PackedWeight, dense_matrix
+from xmoe.quantization.packed import PackedWeight, dense_matrix, form
 
 WEIGHTS = ("gate_up", "down")
+
+Place = tuple[int, int]
+"""(layer, expert)"""
 
 
 def factor_dtype(weight: Tensor | PackedWeight) -> torch.dtype:
@@ -38,16 +45,20 @@ def factor_bytes(weight: Tensor | PackedWeight, rank: int) -> int:
     return E * rank * (out + width) * factor_dtype(weight).itemsize
 
 
-def rank_for(weight: Tensor | PackedWeight, fraction: float) -> int:
-    """The largest rank that removes at least `fraction` of the bytes the stack takes now; 0 where none does."""
-    return min(math.floor((1 - fraction) * weight.nbytes / factor_bytes(weight, 1) + 1e-9), *weight.shape[1:])
+def rank_for(weight: Tensor | PackedWeight, fraction: float, unit: int = 1) -> int:
+    """The largest rank that removes at least `fraction` of the bytes the stack takes now; 0 where none does.
+
+    unit: take a multiple of it where one is small enough, since the factors are to be packed in such groups afterwards.
+    """
+    rank = min(math.floor((1 - fraction) * weight.nbytes / factor_bytes(weight, 1) + 1e-9), *weight.shape[1:])
+    return rank // unit * unit or rank
 
 
 def check_rank(weight: Tensor | PackedWeight, rank: int, where: str) -> None:
     """ConfigError unless factors of this rank exist and take fewer bytes than the stack does now."""
     E, out, width = weight.shape
     most = min((weight.nbytes - 1) // factor_bytes(weight, 1), out, width)
-    held = weight.format if isinstance(weight, PackedWeight) else str(weight.dtype).removeprefix("torch.")
+    held = form(weight)
     kind = str(factor_dtype(weight)).removeprefix("torch.")
     if most < 1:
         raise ConfigError(f"{where} [{out}, {width}] in {held} is smaller than {kind} factors of any rank")
@@ -64,14 +75,19 @@ def check_rank(weight: Tensor | PackedWeight, rank: int, where: str) -> None:
 
 
 def choose_ranks(
-    model: Transformer, layers: Collection[int], fraction: float | None, rank: tuple[int, int] | None
-) -> dict[int, tuple[int, int]]:
-    """Ranks of gate_up and down in each layer to be factored, all of them checked before anything is computed."""
+    model: Transformer,
+    places: Collection[Place],
+    fraction: float | None,
+    rank: tuple[int, int] | None,
+    unit: int = 1,
+) -> dict[Place, tuple[int, int]]:
+    """Ranks of gate_up and down of each expert to be factored, all of them checked before anything is computed."""
     chosen = {}
-    for layer in sorted(layers):
-        weights = [getattr(model.blocks[layer].moe.experts, name) for name in WEIGHTS]
-        chosen[layer] = rank or tuple(rank_for(w, fraction) for w in weights)
-        for name, weight, r in zip(WEIGHTS, weights, chosen[layer]):
+    for layer, e in sorted(places):
+        experts = model.blocks[layer].moe.experts
+        weights = [one(getattr(experts, name), e) for name in WEIGHTS]
+        chosen[layer, e] = rank or tuple(rank_for(w, fraction, unit) for w in weights)
+        for name, weight, r in zip(WEIGHTS, weights, chosen[layer, e]):
             check_rank(weight, r, f"{name} of layer {layer}")
     return chosen
 
@@ -79,7 +95,7 @@ def choose_ranks(
 @torch.no_grad()
 def factor_experts(
     model: Transformer,
-    ranks: dict[int, tuple[int, int]],
+    ranks: Mapping[Place, tuple[int, int]],
     *,
     sample: Tensor | None = None,
     batches: Sequence[Batch] | None = None,
@@ -92,43 +108,56 @@ def factor_experts(
             either the factors are those of the plain SVD.
     """
     short, tokens = 0, 0
-    total = sum(len(model.blocks[layer].moe.experts.down_bias) for layer in ranks)
 
     def act(layer: int, inputs: LayerInputs | None) -> None:
         nonlocal short, tokens
-        if layer not in ranks:
-            return
         experts = model.blocks[layer].moe.experts
-        pairs: tuple[list, list] = ([], [])
+        made = {}
         for e in range(len(experts.down_bias)):
+            if (layer, e) not in ranks:
+                continue
             moments: tuple = (None, None)
             if inputs is not None:
                 *moments, count = inputs.moments(e)
                 short += count < max(len(m) for m in moments)
                 tokens = len(inputs.inputs)
-            for name, rank, moment, found in zip(WEIGHTS, ranks[layer], moments, pairs):
-                found.append(_factors(getattr(experts, name), e, rank, moment))
+            weights = [one(getattr(experts, name), e) for name in WEIGHTS]
+            made[e] = [_factors(*given) for given in zip(weights, ranks[layer, e], moments)]
             bar.update()
-        for name, found in zip(WEIGHTS, pairs):
-            experts.pack(name, PackedWeight("low-rank", {k: torch.stack([f[k] for f in found]) for k in found[0]}))
+        replace_experts(experts, made)
 
-    with tqdm(total=total, desc="factoring", unit="expert", disable=None) as bar:
+    with tqdm(total=len(ranks), desc="factoring", unit="expert", disable=None) as bar:
         visit_inputs(model, act, sample, batches)
     sizes = [sorted({r[i] for r in ranks.values()}) for i in range(2)]
     said = "rank " + " and ".join(f"{'-'.join(map(str, found))} ({n})" for n, found in zip(WEIGHTS, sizes))
     if not tokens:
         return said + ", plain"
-    return said + f", fitted to {tokens:,} tokens" + (f", too few for {short} of {total} experts" if short else "")
+    return said + f", fitted to {tokens:,} tokens" + (f", too few for {short} of {len(ranks)} experts" if short else "")
 
 
-def _factors(weight: Tensor | PackedWeight, e: int, rank: int, moment: Tensor | None) -> dict[str, Tensor]:
-    matrix = dense_matrix(weight, e)
+def _factors(weight: Tensor | PackedWeight, rank: int, moment: Tensor | None) -> PackedWeight:
+    """Factors of a stack of one, as a stack of one."""
+    matrix = dense_matrix(weight, 0)
     where = matrix.device
     found = factor(matrix.cpu() if where.type == "mps" else matrix, rank, moment)  # MPS has no float64
     dtype = factor_dtype(weight)
-    return {"left": found.left.to(dtype).to(where), "right": found.right.to(dtype).to(where)}
+    factors = {"left": found.left, "right": found.right}
+    return PackedWeight("low-rank", {n: f.to(dtype).to(where).unsqueeze(0) for n, f in factors.items()})
 
 
-def is_factored(experts: Experts) -> bool:
-    """Whether any weight of these experts is stored as factors."""
-    return any(isinstance(w, PackedWeight) and w.format == "low-rank" for w in (experts.gate_up, experts.down))
+def one(weight: Tensor | PackedWeight, e: int) -> Tensor | PackedWeight:
+    """Expert e of a stack as a stack of one, in the form that it has."""
+    return weight.expert(e) if isinstance(weight, PackedWeight) else weight[e : e + 1].detach()
+
+
+def replace_experts(experts: Experts, made: Mapping[int, Sequence[Tensor | PackedWeight]]) -> None:
+    """Put new gate_up and down, stacks of one, in the place of the experts in `made`; the others keep their bytes.
+
+    Where experts then differ in form, both weights become mixed ones.
+    """
+    if not made:
+        return
+    held = [getattr(experts, name) for name in WEIGHTS]
+    everyone = range(held[0].shape[0])
+    for name, weight in zip(WEIGHTS, assemble([made.get(e) or [one(w, e) for w in held] for e in everyone])):
+        experts.hold(name, weight)

@@ -4,18 +4,22 @@
 moves (zeros in a dense or packed tensor take as much room as before). A stage's report says both, and says so too where a
 stage makes the model larger, as int8 does on MXFP4.
 
-    magnitude   the weights that matter least become zero; MXFP4 can hold zeros exactly, so its scales and other codes stay
-    neurons     rows 2i, 2i+1 of gate_up, their biases and column i of down go, the same number in every expert; MXFP4 keeps
-                its bytes, since whole aligned groups of 32 go
+    magnitude   the weights that matter least become zero; every format can hold zeros exactly, so scales and other codes stay
+    neurons     rows 2i, 2i+1 of gate_up, their biases and column i of down go, the same number in every expert; packed
+                weights keep their bytes, since whole aligned groups go
     low-rank    two thin factors in place of each matrix, stored and run as such; plain, or fitted to what experts are fed
     int8 int4   per row; per group of 32 inputs; symmetric, round to nearest
     mxfp4       best of three scales a group; weights that are MXFP4 already stay as they are
+
+Any may follow any. What is packed is decoded to be factored, and zeros do not survive that; factors are packed, zeroed and
+cut as factors, and stored and run as such. Experts that are named alone then stand beside others of another form.
 """
 
 from __future__ import annotations
 
 import copy
 import difflib
+import math
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
@@ -24,7 +28,7 @@ from torch import Tensor
 
 from xmoe.compression.identity import model_hash
 from xmoe.compression.layerwise import as_batches
-from xmoe.compression.low_rank import choose_ranks, factor_experts, is_factored
+from xmoe.compression.low_rank import Place, choose_ranks, factor_experts, one, replace_experts
 from xmoe.compression.magnitude import SCOPES, SCORES, input_norms, prune_magnitude
 from xmoe.compression.neurons import cut_neurons, neurons_to_keep
 from xmoe.compression.reconstruction import expert_output
@@ -32,6 +36,7 @@ from xmoe.compression.routing import RoutingStats, record_routing
 from xmoe.errors import ConfigError, DataError
 from xmoe.model.experts import Experts, MoE
 from xmoe.model.transformer import Transformer
+from xmoe.quantization.compound import pack_factors, rank_unit
 from xmoe.quantization.packed import PackedWeight, dense_matrix, matrices
 
 METHODS = ("magnitude", "neurons", "low-rank", "int8", "int4", "mxfp4")
@@ -94,8 +99,8 @@ def reduce(
 
     Args:
         fraction: for magnitude, neurons and low-rank, see the module's page.
-        experts: (layer, expert) to touch; None is all. magnitude takes any; low-rank and the number formats take whole
-            layers, since the experts of a layer stand in one stack; neurons none, since all layers have one width.
+        experts: (layer, expert) to touch; None is all. neurons takes all or nothing, since all experts of the model have
+            one width.
         stats: with a token sample, neurons are scored by what they contribute to the routed outputs, the means of those
             removed go into the down bias, and output errors are reported. Without, neurons are scored by their weights.
         batches: text, as for recording, in place of the sample or beside it: what experts are fed is then gathered from
@@ -115,11 +120,12 @@ def reduce(
     methods = [_method(m) for m in methods]
     scope = scope or ("tensor" if score == "magnitude" else "row")
     _check(methods, fraction, scope, score, pattern, rank)
-    layers = _layers(methods, experts, model)
+    chosen = _chosen(methods, experts, model)
+    units = [_unit_after(methods[i:], group_size) for i in range(len(methods))]
     if stats is not None and stats.model and stats.model != model_hash(model):
         raise DataError(f"the statistics are of model {stats.model}, this is model {model_hash(model)}")
     if methods[:1] == ["low-rank"]:
-        choose_ranks(model, layers, fraction, rank)  # says no before any text is read
+        choose_ranks(model, chosen, fraction, rank, units[0])  # says no before any text is read
     sample = None if stats is None else stats.sample
     text = None if batches is None else list(as_batches(batches, model.device))
     if (whiten or score != "magnitude") and sample is None and text is None:
@@ -128,10 +134,10 @@ def reduce(
     if sample is None and text is not None:
         sample = record_routing(model, text, sample=SAMPLE).sample
     small, stages = model, []
-    for method in methods:
+    for at, method in enumerate(methods):
         before, detail = small, ""
         small = (
-            cut_neurons(before, neurons_to_keep(before, fraction), sample)
+            cut_neurons(before, neurons_to_keep(before, fraction, units[at]), sample)
             if method == "neurons"
             else copy.deepcopy(before)
         )
@@ -140,11 +146,12 @@ def reduce(
             prune_magnitude(small, fraction, scope, pattern, experts, norms)
             detail = f"{score}, by {scope}" if pattern is None else f"{score}, {pattern[0]}:{pattern[1]}"
         elif method == "low-rank":
-            ranks = choose_ranks(small, layers, fraction, rank)
+            ranks = choose_ranks(small, chosen, fraction, rank, units[at])
             fed = {"sample": None if text else sample, "batches": text} if whiten else {}
             detail = factor_experts(small, ranks, **fed)
+            detail += "; the zeros before it did not survive" if "magnitude" in methods[:at] else ""
         elif method in QUANTIZED:
-            _quantize(small, method, group_size, layers)
+            detail = _quantize(small, method, group_size, chosen)
         errors, zeros = _compare(before, small)
         stages.append(
             Stage(
@@ -182,46 +189,29 @@ def _check(methods, fraction, scope, score, pattern, rank) -> None:
         raise ConfigError(f"{wants[0]} needs a fraction between 0 and 1, both left out; found {fraction}")
     if pattern is not None and not 0 < pattern[0] < pattern[1]:
         raise ConfigError(f"pattern {pattern[0]}:{pattern[1]}: expected N:M with 0 < N < M, such as 2:4")
-    if "low-rank" in methods:
-        at = methods.index("low-rank")
-        if "neurons" in methods[at:]:
-            raise ConfigError("neurons cannot be cut out of low-rank weights; put neurons before them")
-        if others := [m for m in methods[:at] + methods[at + 1 :] if m != "neurons"]:
-            raise ConfigError(
-                f"low-rank and {others[0]} do not go together: factors stay in floating point, and a product of factors "
-                "has neither zeros nor codes; take one of the two (neurons may come first)"
-            )
 
 
-def _layers(methods: Sequence[str], experts: Sequence[tuple[int, int]] | None, model: Transformer) -> Collection[int]:
-    """The layers to touch; a ConfigError where the choice of experts is not possible for a method."""
-    count = len(model.blocks)
+def _unit_after(methods: Sequence[str], group_size: int) -> int:
+    """What the first of `methods` must make a size a multiple of, that the formats after it divide it into whole groups.
+
+    Only those before the same method comes again, which sets the size anew.
+    """
+    first, *later = methods
+    later = later[: later.index(first)] if first in later else later
+    return math.lcm(*(rank_unit(m, group_size) for m in later))
+
+
+def _chosen(methods: Sequence[str], experts: Sequence[Place] | None, model: Transformer) -> Collection[Place]:
+    """The experts to touch; a ConfigError where the choice is not possible for a method."""
+    counts = [model.config.experts_in_layer(i) for i in range(len(model.blocks))]
     if experts is None:
-        touched = set(range(count))
-    else:
-        for layer, e in experts:
-            if not 0 <= layer < count or not 0 <= e < model.config.experts_in_layer(layer):
-                raise ConfigError(f"experts {layer}:{e}: there is no such expert")
-        if "neurons" in methods:
-            raise ConfigError("neurons changes the width that all experts of the model share; leave --experts out")
-        touched = {layer for layer, _ in experts}
-        if whole := [m for m in methods if m != "magnitude"]:
-            for layer in sorted(touched):
-                named = {e for i, e in experts if i == layer}
-                if missing := sorted(set(range(model.config.experts_in_layer(layer))) - named):
-                    raise ConfigError(
-                        f"{whole[0]} changes the form of the one stack that all experts of a layer stand in: name all of "
-                        f"layer {layer} (--experts {layer}:*) or none; missing {', '.join(map(str, missing[:8]))}"
-                        + (" ..." if len(missing) > 8 else "")
-                    )
-    blocked = [m for m in methods if m == "magnitude" or m in QUANTIZED]
-    factored = [i for i in sorted(touched) if is_factored(model.blocks[i].moe.experts)]
-    if blocked and factored:
-        raise ConfigError(
-            f"layer {factored[0]} is stored as low-rank factors, which {blocked[0]} would have to multiply out; "
-            "reduce the checkpoint that they were made from"
-        )
-    return touched
+        return {(i, e) for i, n in enumerate(counts) for e in range(n)}
+    for layer, e in experts:
+        if not 0 <= layer < len(counts) or not 0 <= e < counts[layer]:
+            raise ConfigError(f"experts {layer}:{e}: there is no such expert")
+    if "neurons" in methods:
+        raise ConfigError("neurons changes the width that all experts of the model share; leave --experts out")
+    return set(experts)
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring
@@ -283,13 +273,30 @@ def _output_errors(old: Transformer, new: Transformer, sample: Tensor) -> tuple[
 # ------------------------------------------------------------------------------------------------------- quantization
 
 
-def _quantize(model: Transformer, format: str, group_size: int, layers: Collection[int]) -> None:
+def _quantize(model: Transformer, format: str, group_size: int, chosen: Collection[Place]) -> str:
+    """Encode the weights of the experts `chosen`, in place, factors as factors; in a few words what had to be added."""
     options = {"group_size": group_size} if format == "int4" else {}
-    for layer in sorted(layers):
-        experts = model.blocks[layer].moe.experts
-        for name, weight in zip(_WEIGHTS, _weights(experts)):
-            if isinstance(weight, PackedWeight):
-                if weight.format == format:
-                    continue
-                weight = weight.decode(dtype=torch.float32)
-            experts.pack(name, PackedWeight.encode(weight.data, format, **options))
+    padded = set()
+
+    def encoded(weight: Tensor | PackedWeight) -> Tensor | PackedWeight:
+        if isinstance(weight, Tensor):
+            return PackedWeight.encode(weight, format, **options)
+        if weight.factors:
+            if weight.format == f"low-rank-{format}":
+                return weight
+            made = pack_factors(weight, format, group_size)
+            before, after = (w.factors[0].shape[2] for w in (weight, made))
+            if before != after:
+                padded.add((before, after))
+            return made
+        return (
+            weight
+            if weight.format == format
+            else PackedWeight.encode(weight.decode(dtype=torch.float32), format, **options)
+        )
+
+    for layer, block in enumerate(model.blocks):
+        experts = block.moe.experts
+        mine = sorted(e for i, e in chosen if i == layer)
+        replace_experts(experts, {e: [encoded(one(w, e)) for w in _weights(experts)] for e in mine})
+    return ", ".join(f"rank {a} filled up with zeros to {b}, whole groups" for a, b in sorted(padded))

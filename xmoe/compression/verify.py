@@ -11,7 +11,7 @@ from tqdm import tqdm
 from xmoe.checkpoint.opened import Checkpoint
 from xmoe.checkpoint.shards import TensorInfo
 from xmoe.compression import manifest
-from xmoe.compression.cut import DEAD_BIAS, expert_tensors
+from xmoe.compression.cut import DEAD_BIAS, kept_rows
 from xmoe.errors import CheckpointError
 
 _BUFFER = 4 << 20
@@ -44,11 +44,11 @@ def verify(source: str | Path, pruned: str | Path) -> Verification:
     compared, count = 0, 0
     try:
         kept = _check_manifest(content, whole, small)
-        layer_of = expert_tensors(whole)
+        chosen = kept_rows(whole, kept)
         bar = tqdm(total=small.reader.total_bytes, desc="verifying", unit="B", unit_scale=True, disable=None)
         with bar:
             for name, info in small.reader.tensors.items():
-                _check_tensor(name, whole.reader[name], info, kept, layer_of.get(name), content["tensors"])
+                _check_tensor(name, whole.reader[name], info, chosen.get(name), content["tensors"])
                 compared += info.nbytes
                 count += 1
                 bar.update(info.nbytes)
@@ -82,30 +82,30 @@ def _check_manifest(content: dict, whole: Checkpoint, small: Checkpoint) -> list
         entry = listed.get(file.name)
         if entry is None or entry["bytes"] != file.stat().st_size or entry["sha256"] != manifest.sha256_of(file):
             raise _Differs(f"source file {file.name} is not the one this folder was made from")
-    for what, names in (("source", set(whole.reader)), ("manifest", set(content["tensors"]))):
+    gone = {name for name, rows in kept_rows(whole, kept).items() if not rows}
+    for what, names in (("source", set(whole.reader) - gone), ("manifest", set(content["tensors"]))):
         if odd := sorted(names ^ set(small.reader)):
             raise _Differs(f"{odd[0]} is in the {what} and not in the folder, or the reverse")
     return kept
 
 
-def _check_tensor(
-    name: str, old: TensorInfo, new: TensorInfo, kept: list[list[int]], layer: int | None, hashes: dict[str, str]
-) -> None:
+def _check_tensor(name: str, old: TensorInfo, new: TensorInfo, rows: list[int] | None, hashes: dict[str, str]) -> None:
+    """`rows`: those of the source that the new tensor has to hold; None where it is the whole tensor."""
     if new.dtype != old.dtype:
         raise _Differs(f"{name} is {new.dtype}; in the source it is {old.dtype}")
-    if layer is None:
+    if rows is None:
         if new.shape != old.shape:
             raise _Differs(f"{name} has shape {list(new.shape)}; in the source it has {list(old.shape)}")
         if (at := _first_difference(old, old.start, new, new.start, new.nbytes)) is not None:
             raise _Differs(f"{name} differs from the source at byte {at}")
     else:
-        for row, expert in enumerate(kept[layer]):
+        for row, expert in enumerate(rows):
             at = _first_difference(
                 old, old.start + expert * old.row_bytes, new, new.start + row * new.row_bytes, new.row_bytes
             )
             if at is not None:
                 raise _Differs(f"{name}: expert {row} differs from expert {expert} of the source at byte {at}")
-        _check_dead(name, new, len(kept[layer]))
+        _check_dead(name, new, len(rows))
     if manifest.sha256_of(new.file, new.start, new.stop) != hashes[name]:
         raise _Differs(f"{name} equals the source, but the manifest has another hash for it")
 

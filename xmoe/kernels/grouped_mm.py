@@ -53,8 +53,8 @@ def _product(rows: Tensor, weight: Tensor | PackedWeight, ends: Tensor) -> Tenso
     if isinstance(weight, Tensor):
         parts = [weight]
     else:
-        low_rank = weight.format == "low-rank"
-        parts = [weight.right, weight.left] if low_rank else [weight.decode(dtype=rows.dtype)]
+        parts = weight.factors[::-1] or (weight,)
+        parts = [w if isinstance(w, Tensor) else w.decode(dtype=rows.dtype) for w in parts]
     for part in parts:
         rows = F.grouped_mm(rows, part.to(rows.dtype).transpose(1, 2), offs=ends)
     return rows

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor
 
 from xmoe.model.config import ModelConfig
 from xmoe.model.transformer import Transformer
-from xmoe.quantization.packed import PackedWeight
+from xmoe.quantization.compound import MixedWeight
+from xmoe.quantization.packed import PackedWeight, form, leaves
 
 
 class Description(NamedTuple):
@@ -32,21 +33,30 @@ class Description(NamedTuple):
         )
 
 
-def parameter_counts(config: ModelConfig, spared: Sequence[int]) -> tuple[int, int]:
-    """All parameters, and those active a token; `spared`, for each layer: what low-rank factors spare in one expert."""
-    experts = [config.experts_in_layer(layer) for layer in range(config.num_hidden_layers)]
-    active = [min(config.num_experts_per_tok, n) for n in experts]
-    total = config.parameter_count() - sum(n * s for n, s in zip(experts, spared))
-    return total, config.active_parameter_count() - sum(n * s for n, s in zip(active, spared))
+def parameter_counts(config: ModelConfig, spared: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """All parameters, and those active a token.
+
+    spared: for each layer, what low-rank factors spare in each expert. Where experts differ, an active one counts as the
+    mean of its layer.
+    """
+    total = config.parameter_count() - sum(map(sum, spared))
+    active = [min(config.num_experts_per_tok, len(row)) * sum(row) // len(row) for row in spared]
+    return total, config.active_parameter_count() - sum(active)
 
 
 def model_parameter_counts(model: Transformer) -> tuple[int, int]:
     """:func:`parameter_counts` of a model as it stands."""
     spared = []
     for block in model.blocks:
-        held = [w for w in (block.moe.experts.gate_up, block.moe.experts.down) if isinstance(w, PackedWeight)]
-        spared.append(sum((w.shape[0] * w.shape[1] * w.shape[2] - w.count) // w.shape[0] for w in held))
+        held = [block.moe.experts.gate_up, block.moe.experts.down]
+        spared.append([sum(_spared(w, e) for w in held) for e in range(held[0].shape[0])])
     return parameter_counts(model.config, spared)
+
+
+def _spared(weight: Tensor | PackedWeight, e: int) -> int:
+    """Parameters of the whole matrix of expert e less those it is held in."""
+    held = [stack.shape[1] * stack.shape[2] for _, stack, _ in leaves(weight, e)]
+    return weight.shape[1] * weight.shape[2] - sum(held)
 
 
 def describe(model: Transformer) -> Description:
@@ -54,7 +64,8 @@ def describe(model: Transformer) -> Description:
     config = model.config
     tensors: list = [*model.parameters(), *model.buffers()]
     stacks = [w for block in model.blocks for w in (block.moe.experts.gate_up, block.moe.experts.down)]
-    formats = dict.fromkeys(w.format if isinstance(w, PackedWeight) else _dtype_name(w) for w in stacks)
+    stacks = [part for w in stacks for part in (w.parts.values() if isinstance(w, MixedWeight) else [w])]
+    formats = dict.fromkeys(map(form, stacks))
     total, active = model_parameter_counts(model)
     return Description(
         parameters=total,
@@ -65,7 +76,3 @@ def describe(model: Transformer) -> Description:
         expert_format=" and ".join(formats),
         bytes=sum(t.numel() * t.element_size() for t in tensors),
     )
-
-
-def _dtype_name(parameter: nn.Parameter) -> str:
-    return str(parameter.dtype).removeprefix("torch.")

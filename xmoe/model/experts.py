@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from xmoe.kernels import dispatch
+from xmoe.kernels.adapter import Adapter
 from xmoe.model.adapter import LoRA
 from xmoe.model.config import ModelConfig
 from xmoe.model.router import Router, Routing
+from xmoe.quantization.compound import MixedWeight
 from xmoe.quantization.packed import PackedWeight
 
 # What computes the chosen experts: (x [T, D], indices [T, K], weights [T, K], experts, norms) -> (y [T, D], norms).
@@ -29,7 +31,8 @@ class Experts(nn.Module):
     """E experts of one layer, stacked: an expert is row e of every tensor.
 
     gate_up [E, 2F, D] (even rows gate, odd rows up), gate_up_bias [E, 2F], down [E, D, F], down_bias [E, D]. The two
-    large ones are parameters, or :class:`~xmoe.quantization.packed.PackedWeight` of the same logical shape.
+    large ones are parameters, or :class:`~xmoe.quantization.packed.PackedWeight` of the same logical shape. Where experts
+    differ in form, both are mixed and parted alike; every part then runs on the kernels of its own form.
     """
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, limit: float):
@@ -48,8 +51,16 @@ class Experts(nn.Module):
         delattr(self, name)
         setattr(self, name, weight)
 
+    def hold(self, name: str, weight: Tensor | PackedWeight) -> None:
+        """Put any weight in the place of `name`: a packed one as it is, a dense one as a parameter."""
+        delattr(self, name)
+        setattr(self, name, weight if isinstance(weight, PackedWeight) else nn.Parameter(weight))
+
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor, norms: bool = False) -> tuple[Tensor, Tensor | None]:
         """x [T, D], indices and weights [T, K] -> the weighted sum [T, D] and, if asked, output lengths [T, K]."""
+        adapters = [None if low is None else low.value for low in (self.gate_up_adapter, self.down_adapter)]
+        if isinstance(self.gate_up, MixedWeight):
+            return self._parted(x, indices, weights, norms, *adapters)
         return dispatch.experts(
             x,
             indices,
@@ -60,9 +71,47 @@ class Experts(nn.Module):
             self.down_bias,
             limit=self.limit,
             norms=norms,
-            gate_up_adapter=None if self.gate_up_adapter is None else self.gate_up_adapter.value,
-            down_adapter=None if self.down_adapter is None else self.down_adapter.value,
+            gate_up_adapter=adapters[0],
+            down_adapter=adapters[1],
         )
+
+    def _parted(
+        self,
+        x: Tensor,
+        indices: Tensor,
+        weights: Tensor,
+        norms: bool,
+        gate_up_adapter: Adapter | None,
+        down_adapter: Adapter | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Every part of mixed experts with the slots that are its own, added up in fp32 and rounded once more."""
+        y, lengths, dtype = None, None, x.dtype
+        for k, (ids, rows) in self.gate_up.places(indices.device).items():
+            own = rows[indices]
+            if own.device.type == "cpu" and not bool((own >= 0).any()) and y is not None:
+                continue  # elsewhere looking would stop the queue
+            part, norm = dispatch.experts(
+                x,
+                own,
+                weights,
+                self.gate_up.parts[k],
+                self.gate_up_bias[ids],
+                self.down.parts[k],
+                self.down_bias[ids],
+                limit=self.limit,
+                norms=norms,
+                gate_up_adapter=_rows(gate_up_adapter, ids),
+                down_adapter=_rows(down_adapter, ids),
+            )
+            dtype = part.dtype
+            y = part.float() if y is None else y + part.float()
+            lengths = norm if lengths is None else lengths + norm
+        return y.to(dtype), lengths
+
+
+def _rows(adapter: Adapter | None, ids: Tensor) -> Adapter | None:
+    """The adapter of the experts `ids` alone."""
+    return None if adapter is None else Adapter(adapter.a[ids], adapter.b[ids], adapter.scale)
 
 
 class MoE(nn.Module):

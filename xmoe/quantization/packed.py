@@ -1,6 +1,7 @@
 """PackedWeight: a stack of expert matrices [E, out, in] held in another form, with the expert on dimension 0.
 
-The form is a packed number format, or two thin factors (see :mod:`xmoe.quantization.low_rank`).
+The form is a packed number format, or two thin factors (see :mod:`xmoe.quantization.low_rank`). Two forms are made of
+others (:mod:`xmoe.quantization.compound`): factors in a packed format, and a stack whose experts have different forms.
 
 Every tensor of every format has the expert on dimension 0 as well. That is what makes pruning lossless: to keep some
 experts is to select rows, and the packed bytes of those that stay are never decoded.
@@ -114,7 +115,7 @@ class PackedWeight(nn.Module):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The packed tensors by name."""
+        """The packed tensors by name; those of a form within a form under both names (`left.blocks`)."""
         return dict(self.named_buffers(recurse=False))
 
     @property
@@ -124,32 +125,72 @@ class PackedWeight(nn.Module):
 
     @property
     def count(self) -> int:
-        """How many weights it has: E * out * in, or those of both factors of a low-rank one."""
-        if self.format == "low-rank":
-            return self.left.numel() + self.right.numel()
+        """How many weights it has: E * out * in, or those of both factors where it is low-rank."""
+        if self.factors:
+            return sum(f.numel() if isinstance(f, Tensor) else f.count for f in self.factors)
         return self.shape[0] * self.shape[1] * self.shape[2]
 
     @property
+    def factors(self) -> tuple[Tensor | PackedWeight, ...]:
+        """Left [E, out, r] and right [E, r, in] of a low-rank weight, of any other nothing."""
+        return (self.left, self.right) if self.format == "low-rank" else ()
+
+    @property
+    def group(self) -> int:
+        """Consecutive inputs that share a scale; all of them where a row has one. Of the packed number formats."""
+        return self.shape[2] // self.scales.shape[2]
+
+    @property
     def device(self) -> torch.device:
-        return self.tensors[FORMATS[self.format].tensors[0]].device
+        return next(iter(self.tensors.values())).device
 
     def decode(self, experts: Sequence[int] | Tensor | None = None, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """Dense weights of `experts` (all of them when None, else ids in the order wanted): [n, out, in] of `dtype`."""
         return FORMATS[self.format].decode(self.tensors if experts is None else self._rows(experts), dtype)
+
+    def encode_like(self, dense: Tensor) -> PackedWeight:
+        """`dense` [n, out, in] in the number format and the groups that this weight has."""
+        options = {"affine": hasattr(self, "zeros")} if self.format in ("int8", "int4") else {}
+        if self.format == "int4" or (self.format == "int8" and self.group != self.shape[2]):
+            options["group_size"] = self.group
+        return PackedWeight.encode(dense, self.format, **options)
 
     def select_experts(self, ids: Sequence[int] | Tensor) -> PackedWeight:
         """A new weight that holds copies of the experts `ids`, bytes unchanged, in that order."""
         rows = self._rows(ids)
         return PackedWeight(self.format, {name: t.clone() if t._is_view() else t for name, t in rows.items()})
 
+    def expert(self, e: int) -> Tensor | PackedWeight:
+        """Expert e alone, a stack of one in the form that it has: views where that is possible."""
+        return PackedWeight(self.format, self._rows([e]))
+
+    def leaves(self, e: int) -> list[tuple[str, Tensor | PackedWeight, int]]:
+        """What holds the numbers of expert e: name below this weight, a stack that is dense or packed numbers, row in it."""
+        if not self.factors:
+            return [("", self, e)]
+        return [("left", self.left, e), ("right", self.right, e)]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> PackedWeight:
+        """The same form over what `change` makes of each tensor."""
+        return PackedWeight(self.format, {name: change(t) for name, t in self.tensors.items()})
+
+    def cast(self, dtype: torch.dtype) -> PackedWeight:
+        """What is plain floating point in it (factors) in `dtype`; packed numbers and their scales stay as they are."""
+        return self.map(lambda t: t.to(dtype)) if self.format == "low-rank" else self
+
     def _rows(self, ids: Sequence[int] | Tensor) -> dict[str, Tensor]:
-        ids = torch.as_tensor(ids, dtype=torch.int64)
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.shape[0]):
-            raise ConfigError(f"expert ids must lie in 0..{self.shape[0] - 1}, found {ids.tolist()}")
+        ids = self._checked(ids)
         if ids.numel() == 1:  # one expert, the common case while decoding expert by expert, is a view
             at = int(ids)
             return {name: t[at : at + 1] for name, t in self.tensors.items()}
         return {name: t.index_select(0, ids.to(t.device)) for name, t in self.tensors.items()}
+
+    def _checked(self, ids: Sequence[int] | Tensor) -> Tensor:
+        """`ids` as int64, or a ConfigError."""
+        ids = torch.as_tensor(ids, dtype=torch.int64)
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.shape[0]):
+            raise ConfigError(f"expert ids must lie in 0..{self.shape[0] - 1}, found {ids.tolist()}")
+        return ids
 
     def extra_repr(self) -> str:
         return f"{self.format}, shape={self.shape}, {self.nbytes / 1e6:.1f} MB"
@@ -162,11 +203,19 @@ def matrices(weight: Tensor | PackedWeight, e: int, dtype: torch.dtype) -> tuple
     """
     if isinstance(weight, Tensor):
         return (weight[e].to(dtype),)
-    if weight.format == "low-rank":
-        return weight.left[e].to(dtype), weight.right[e].to(dtype)
-    return (weight.decode([e], dtype)[0],)
+    return tuple(dense_matrix(leaf, row, dtype) for _, leaf, row in weight.leaves(e))
 
 
 def dense_matrix(weight: Tensor | PackedWeight, e: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Matrix of expert e [out, in] in `dtype`, whatever form the weight has; to look at, not to run."""
     return weight.decode([e], dtype)[0] if isinstance(weight, PackedWeight) else weight[e].to(dtype)
+
+
+def leaves(weight: Tensor | PackedWeight, e: int) -> list[tuple[str, Tensor | PackedWeight, int]]:
+    """As :meth:`PackedWeight.leaves`; a dense stack is its own only leaf."""
+    return [("", weight, e)] if isinstance(weight, Tensor) else weight.leaves(e)
+
+
+def form(weight: Tensor | PackedWeight) -> str:
+    """A few words for what a weight is held in: a packed format, or the name of a dense one's dtype."""
+    return weight.format if isinstance(weight, PackedWeight) else str(weight.dtype).removeprefix("torch.")

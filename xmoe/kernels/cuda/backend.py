@@ -72,10 +72,13 @@ def prepare(model: nn.Module) -> int:
     from xmoe.kernels.cuda.repack import RepackedWeight
 
     changed = 0
-    for parent in list(model.modules()):
+    for path, parent in list(model.named_modules()):
+        if isinstance(parent, PackedWeight) and parent.factors:  # factors are none of these kernels' work
+            continue
         for name, child in list(parent.named_children()):
             if type(child) is PackedWeight and child.format == "mxfp4":
-                setattr(parent, name, RepackedWeight(child, paired=name == "gate_up"))
+                # the weight itself, or a part of one whose experts differ in form: there its name is a number
+                setattr(parent, name, RepackedWeight(child, paired="gate_up" in (name, path.rpartition(".")[2])))
                 changed += 1
     return changed
 

@@ -8,6 +8,7 @@ set, mapped file pages included, and is compared with the bytes of the weights.
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import subprocess
@@ -32,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     p = command.parser(__doc__.splitlines()[0], EXAMPLE)
     p.add_argument("--layers", type=int, default=3, metavar="N", help="of 24 (default: 3; 0.48 GB each)")
     p.add_argument("--vocab-size", type=int, default=201088, metavar="N", help="default: 201088, the true one (2.3 GB)")
+    p.add_argument("--checkpoint", metavar="DIR", help="a checkpoint to load instead of a random one (hf-mxfp4)")
     p.add_argument("--engines", default=",".join(ENGINES), metavar="NAME,...", help=f"default: {','.join(ENGINES)}")
     p.add_argument(
         "--repeat", type=int, default=3, metavar="N", help="runs of each of ours; the peer runs once (default: 3)"
@@ -49,10 +51,18 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError(f"unknown engine {unknown[0]!r}; expected some of {', '.join(ENGINES)}")
     if not 1 <= args.layers <= 24 or args.vocab_size < 10_000 or args.repeat < 1:
         raise ConfigError("expected 1 to 24 --layers, a --vocab-size of 10,000 or more and a --repeat of at least 1")
-    with tempfile.TemporaryDirectory(prefix="xmoe-load-", dir=args.folder) as folder:
-        nbytes = write_checkpoint(Path(folder), args.layers, args.vocab_size)
-        readings = [_best(engine, Path(folder), nbytes, args.repeat) for engine in engines]
-    result = {"layers": args.layers, "vocab_size": args.vocab_size, "bytes": nbytes, "readings": readings}
+    with tempfile.TemporaryDirectory(prefix="xmoe-load-", dir=args.folder) as room:
+        folder = Path(args.checkpoint or room)
+        nbytes = _bytes(folder) if args.checkpoint else write_checkpoint(folder, args.layers, args.vocab_size)
+        readings = [_best(engine, folder, nbytes, args.repeat) for engine in engines]
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    result = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "layers": config["num_hidden_layers"],
+        "vocab_size": config["vocab_size"],
+        "bytes": nbytes,
+        "readings": readings,
+    }
     print(json.dumps(result) if args.json else table(result))
     if args.output:
         with new_file(args.output, args.overwrite) as partial:
@@ -96,8 +106,14 @@ def write_checkpoint(folder: Path, layers: int, vocab_size: int) -> int:
     return total
 
 
+def _bytes(folder: Path) -> int:
+    from xmoe.checkpoint.opened import Checkpoint
+
+    return Checkpoint(folder).reader.total_bytes
+
+
 def _best(engine: str, folder: Path, nbytes: int, repeat: int) -> dict:
-    """The run that loaded fastest, with the largest peak of all runs."""
+    """The run that loaded fastest, with the largest peak of all runs and the seconds of each."""
     runs = []
     for _ in range(repeat if engine.startswith("xmoe") else 1):
         for file in folder.glob("*.safetensors"):  # a warm page cache, for everyone alike
@@ -113,6 +129,7 @@ def _best(engine: str, folder: Path, nbytes: int, repeat: int) -> dict:
         runs.append(json.loads(child.stdout.splitlines()[-1]))
     best = min(runs, key=lambda r: r["seconds_to_load"])
     best["peak_bytes"] = max(r["peak_bytes"] for r in runs)
+    best["seconds_to_load_of_runs"] = [r["seconds_to_load"] for r in runs]
     return {"engine": engine, **best, "peak_over_weights": best["peak_bytes"] / nbytes, "runs": len(runs)}
 
 

@@ -51,3 +51,10 @@ def test_a_copy_in_huge_pages_has_the_same_values():
         assert torch.equal(copy, x[1:]) and copy.dtype == dtype and copy.is_contiguous()
     small = torch.ones(7)
     assert memory.in_huge_pages(small) is small
+
+
+def test_room_in_huge_pages_is_zero_and_of_the_asked_kind():
+    room = memory.empty_in_huge_pages((3, 700_001), torch.float32)
+    if room is not None:  # Linux
+        assert room.shape == (3, 700_001) and room.dtype == torch.float32 and not room.any()
+    assert memory.empty_in_huge_pages((7, 5), torch.float32) is None, "smaller than a page"

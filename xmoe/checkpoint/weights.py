@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from xmoe.checkpoint import adapters, export, sidecars
+from xmoe.checkpoint.huge_pages import HugePageReader
 from xmoe.checkpoint.layouts import LAYOUTS, SELECTION_BIAS, native_shapes
 from xmoe.checkpoint.opened import Checkpoint
 from xmoe.checkpoint.shards import ALIGNMENT
 from xmoe.data.tokenizer import Tokenizer
 from xmoe.device import pick_device
 from xmoe.errors import CheckpointError, ConfigError
-from xmoe.kernels.memory import in_huge_pages
 from xmoe.model.transformer import Block, Transformer
 from xmoe.outputs import new_folder
 from xmoe.quantization.packed import PackedWeight
@@ -59,7 +59,7 @@ def load(
         experts: "mxfp4" leaves packed experts as they are stored, whatever the format, and dense ones dense;
             "dense" decodes packed ones to `dtype`.
         adapter: a folder with an adapter of this model (:mod:`xmoe.checkpoint.adapters`), to be attached.
-        huge_pages: on the CPU, copy the weights into huge pages instead of leaving them mapped: decoding is faster, see
+        huge_pages: on the CPU, read the weights into huge pages instead of leaving them mapped: decoding is faster, see
             `docs/decode_cpu.md`, loading slower. The embedding, of which few rows are read, stays mapped.
 
     Raises:
@@ -71,15 +71,16 @@ def load(
     tokenizer = sidecars.load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
     with torch.device("meta"):
         model = Transformer(checkpoint.config)
+    huge = None
+    if huge_pages and device.type == "cpu":
+        leave = () if model.head is None else checkpoint.stored_names("embed.weight")
+        checkpoint.reader = huge = HugePageReader(checkpoint.folder, leave)
     with _progress("loading", checkpoint.reader.total_bytes) as bar:
         for name in checkpoint:
             value = _materialize(checkpoint, name, device, wanted, decode)
-            if huge_pages and (name != "embed.weight" or model.head is None):
-                if isinstance(value, PackedWeight):
-                    value = PackedWeight(value.format, {n: in_huge_pages(t) for n, t in value.tensors.items()})
-                else:
-                    value = in_huge_pages(value)
-                checkpoint.reader.release()  # pages that were only copied count as memory while they are mapped
+            if huge is not None and (name != "embed.weight" or model.head is None):
+                value = value.map(huge.settle) if isinstance(value, PackedWeight) else huge.settle(value)
+                huge.release()  # pages that were only copied count as memory while they are mapped
             _place(model, name, value)
             bar.update(sum(checkpoint.reader[n].nbytes for n in checkpoint.stored_names(name)))
     for layer, block in enumerate(model.blocks):
@@ -157,8 +158,7 @@ def _materialize(
     if not isinstance(value, PackedWeight):
         return _aligned(value.to(device=device, dtype=dtype or _kept(value.dtype)).contiguous())
     if not decode:
-        # factors are plain matrices; integers and their scales are as they are
-        return value.to(device, dtype=dtype if value.format == "low-rank" else None)
+        return (value if dtype is None else value.cast(dtype)).to(device)
     target = dtype or _kept(checkpoint.tensor_dtype())
     if device.type == "mps":  # decode on the CPU: the lookup needs integer types that MPS has only in part
         return value.decode(dtype=target).to(device)
@@ -330,6 +330,7 @@ def _model_values(model: Transformer) -> dict[str, Tensor | PackedWeight]:
     """All native tensors of a model by name, or a ConfigError where it holds something that would be lost."""
     values: dict[str, Tensor | PackedWeight] = dict(model.named_parameters())
     packed = {name: m for name, m in model.named_modules() if isinstance(m, PackedWeight)}
+    packed = {name: m for name, m in packed.items() if name.rpartition(".")[0] not in packed}  # not those within others
     values |= packed
     for layer, block in enumerate(model.blocks):
         router = block.moe.router

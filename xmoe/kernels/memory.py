@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import mmap
 import platform
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -36,14 +38,23 @@ def keep_freed_pages() -> bool:
     return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
-def in_huge_pages(tensor: Tensor) -> Tensor:
-    """A copy of a CPU tensor in huge pages; the tensor itself where it is small, elsewhere, or the system has none."""
-    if tensor.device.type != "cpu" or tensor.nbytes < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return tensor
-    room = mmap.mmap(-1, -(-tensor.nbytes // HUGE) * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+def empty_in_huge_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+    """A CPU tensor of zeros in huge pages; None where it would be smaller than one of them, or the system has none.
+
+    Pages come into being when they are first touched, by the thread that touches them: fill it with all of them.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    room = mmap.mmap(-1, -(-nbytes // HUGE) * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
         room.madvise(mmap.MADV_HUGEPAGE)
     except OSError:  # a kernel without them
-        return tensor
-    copy = torch.frombuffer(room, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape)  # keeps `room` alive
-    return copy.copy_(tensor)
+        return None
+    return torch.frombuffer(room, dtype=dtype, count=math.prod(shape)).view(tuple(shape))  # keeps `room` alive
+
+
+def in_huge_pages(tensor: Tensor) -> Tensor:
+    """A copy of a CPU tensor in huge pages; the tensor itself where it is small, elsewhere, or the system has none."""
+    room = empty_in_huge_pages(tensor.shape, tensor.dtype) if tensor.device.type == "cpu" else None
+    return tensor if room is None else room.copy_(tensor)

@@ -553,7 +553,7 @@ def reduce(args: argparse.Namespace) -> int:
 
 
 def recover_flags(p: argparse.ArgumentParser) -> None:
-    """quality won back by distilling the uncut model into routers, experts or all"""
+    """quality won back by distilling the uncut model into routers, experts (packed ones too) or all"""
     add_checkpoint(p)
     p.add_argument("--teacher", required=True, metavar="DIR|NAME", help="the uncut model")
     p.add_argument("--train", default="routers", metavar="routers|experts|all", help="(default: routers)")
@@ -567,17 +567,16 @@ def recover(args: argparse.Namespace) -> int:
     from xmoe.checkpoint.weights import load
     from xmoe.compression.changed import save_changed
     from xmoe.compression.recover import recover as distil
-    from xmoe.errors import ConfigError
+    from xmoe.compression.unpacked import formats, memory
 
     check_output(args)
     device, dtype = device_and_dtype(args)
-    if args.train in ("experts", "all") and "low-rank" in tokenizer_of(args.checkpoint)[0].formats:
-        raise ConfigError(
-            f"{args.checkpoint} stores experts as low-rank factors, which --train {args.train} would multiply out; "
-            "train the routers"
-        )
-    student, tokenizer = load(args.checkpoint, device, dtype, "mxfp4" if args.train == "routers" else "dense")
+    student, tokenizer = load(args.checkpoint, device, dtype)
     teacher, _ = load(args.teacher, device, dtype)
+    packed = formats(student) if args.train != "routers" else []
+    if packed:
+        room = f"{memory(student) / 1e9:,.2f} GB beside the model"
+        print(f"training {' and '.join(packed)} experts in fp32, which takes {room}", file=sys.stderr)
     result = distil(
         student,
         teacher,
@@ -594,6 +593,14 @@ def recover(args: argparse.Namespace) -> int:
         f"wrote {args.output}: {result.parameters:,} parameters trained on {result.tokens:,} tokens; KL to the teacher "
         f"{first:.4f} -> {last:.4f} nats a token"
     )
+    if result.stored is not None:
+        summary |= {"before_kl": result.before, "trained_kl": result.trained, "stored_kl": result.stored}
+        won, back = result.before - result.trained, result.stored - result.trained
+        text += (
+            f"; on the first tokens of the text {result.before:.4f} before, {result.trained:.4f} in floating point, "
+            f"{result.stored:.4f} stored as {' and '.join(packed)}"
+        )
+        text += f": rounding took {back / won:.0%} of it back" if won > 0 else ""
     say(args, summary | {"first_kl": first, "last_kl": last}, text)
     return 0
 

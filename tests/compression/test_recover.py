@@ -8,7 +8,9 @@ import torch
 from xmoe.compression.apply import prune
 from xmoe.compression.plan import plan_pruning
 from xmoe.compression.recover import _distil, recover, trained_parameters
+from xmoe.compression.reduce import reduce
 from xmoe.compression.routing import record_routing
+from xmoe.compression.unpacked import memory, unpacked
 from xmoe.errors import ConfigError, DataError
 
 
@@ -65,8 +67,74 @@ def test_routers_of_a_packed_bfloat16_model_can_be_trained(model, pack, tokens):
     for name, tensor in student.state_dict().items():
         assert tensor.dtype == state[name].dtype
         assert torch.equal(tensor, state[name]) == (".router." not in name), name
-    with pytest.raises(ConfigError, match="the experts are packed"):
-        recover(student, model, [tokens], train="all")
+
+
+FORMS = {
+    "int8": ["int8"],
+    "int4": ["int4"],
+    "mxfp4": ["mxfp4"],
+    "factors": ["low-rank"],
+    "packed factors": ["low-rank", "int8"],
+}
+
+
+def inside(weight) -> dict[str, tuple]:
+    """Name -> dtype and shape of every tensor."""
+    return {n: (t.dtype, tuple(t.shape)) for n, t in weight.tensors.items()}
+
+
+@pytest.mark.parametrize("train", ["experts", "all"])
+@pytest.mark.parametrize("form", FORMS)
+def test_packed_experts_are_trained_and_packed_again_as_they_were(pruned, model, tokens, form, train):
+    student, _ = reduce(pruned, FORMS[form], 0.4)
+    before = {n: t.clone() for n, t in student.state_dict().items()}
+    held = [inside(getattr(b.moe.experts, name)) for b in student.blocks for name in ("gate_up", "down")]
+    gap = float(kl(student, model, tokens).detach())
+    result = recover(student, model, [tokens], train=train, steps=40, lr=2e-3)
+    assert result.before == pytest.approx(gap, rel=1e-4) == pytest.approx(result.losses[0], rel=1e-4)
+    assert result.stored == pytest.approx(float(kl(student, model, tokens).detach()), rel=1e-4)
+    assert result.trained <= result.stored * 1.01 and result.stored < 0.9 * result.before
+    after = student.state_dict()
+    assert list(after) == list(before)
+    assert held == [inside(getattr(b.moe.experts, name)) for b in student.blocks for name in ("gate_up", "down")]
+    changed = [n for n in after if not torch.equal(after[n], before[n])]
+    assert any(".experts.gate_up." in n for n in changed) and any(".experts.down." in n for n in changed)
+    assert all(".moe." in n for n in changed) == (train == "experts")
+    assert all(p.requires_grad and p.grad is None for p in student.parameters())
+    weights = sum(w.count for b in student.blocks for w in (b.moe.experts.gate_up, b.moe.experts.down))
+    rest = sum(p.numel() for n, p in student.named_parameters() if train == "all" or ".moe." in n)
+    assert result.parameters == weights + rest
+
+
+def test_experts_in_several_forms_are_trained_each_in_its_own(pruned, model, tokens):
+    student, _ = reduce(pruned, ["int8"], experts=[(0, 1), (0, 2), (2, 3)])
+    student, _ = reduce(student, ["low-rank"], 0.3, experts=[(0, 3)])
+    before = {n: t.clone() for n, t in student.state_dict().items()}
+    result = recover(student, model, [tokens], train="experts", steps=40, lr=2e-3)
+    assert result.stored < 0.9 * result.before
+    after = student.state_dict()
+    assert {n: (t.dtype, t.shape) for n, t in after.items()} == {n: (t.dtype, t.shape) for n, t in before.items()}
+    for name in ("gate_up.0", "gate_up.1.values", "gate_up.2.left", "gate_up.2.right"):
+        assert not torch.equal(after[f"blocks.0.moe.experts.{name}"], before[f"blocks.0.moe.experts.{name}"])
+    assert torch.equal(after["blocks.0.moe.experts.gate_up.part"], torch.tensor([0, 1, 1, 2], dtype=torch.uint8))
+
+
+def test_what_is_composed_is_the_weight_and_gradients_reach_its_pieces(pruned, tokens):
+    student, _ = reduce(pruned, ["int8"], experts=[(0, 1), (0, 2)])
+    student, _ = reduce(student, ["low-rank"], 0.3, experts=[(0, 0)])
+    with torch.no_grad():
+        whole = student(tokens).logits
+    room = memory(student)
+    with unpacked(student, True) as held:
+        numbers = sum(p.numel() for p in held.parameters)
+        assert room == 16 * numbers + 8 * 4 * (128 * 32 + 32 * 64)
+        torch.testing.assert_close(student(tokens).logits, whole, rtol=1e-4, atol=1e-5)
+        student(tokens).logits.square().mean().backward()
+        assert len(held.parameters) == 8 and all(bool(p.grad.abs().sum() > 0) for p in held.parameters)
+    with torch.no_grad():
+        assert torch.equal(student(tokens).logits, whole)  # what was not changed comes back as it was
+    with unpacked(student, False) as held:
+        assert held is None and memory(student) == room
 
 
 def test_mistakes_are_one_clear_line(pruned, model, random_model, config, tokens):

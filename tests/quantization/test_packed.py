@@ -61,6 +61,24 @@ def test_as_a_submodule(weight, format, options, _):
     assert owner.gate_up.device == torch.device("cpu")
 
 
+@pytest.mark.parametrize(("format", "options", "_"), CASES)
+def test_encoded_again_like_itself(weight, format, options, _):
+    """Same groups; values that did not change keep their codes, also beside some that did."""
+    packed = PackedWeight.encode(weight * torch.logspace(-3, 3, 5).view(5, 1, 1), format, **options)
+    dense = packed.decode(dtype=torch.float32)
+    again = packed.encode_like(dense)
+    assert {n: (t.dtype, t.shape) for n, t in again.tensors.items()} == {
+        n: (t.dtype, t.shape) for n, t in packed.tensors.items()
+    }
+    dense[3] *= 1.7
+    other = packed.encode_like(dense)
+    if "affine" not in options:
+        assert torch.equal(again.decode(dtype=torch.float32), packed.decode(dtype=torch.float32))
+        rest = [0, 1, 2, 4]
+        assert torch.equal(other.decode(rest, torch.float32), packed.decode(rest, torch.float32))
+    assert (other.decode([3], torch.float32)[0] - dense[3]).norm() < 0.16 * dense[3].norm()
+
+
 def test_on_the_meta_device():
     packed = PackedWeight(
         "mxfp4",

@@ -67,9 +67,14 @@ def merge(
         raise ConfigError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
     if stats.model and stats.model != model_hash(model):
         raise DataError(f"the statistics are of model {stats.model}, this is model {model_hash(model)}")
-    if any(isinstance(m, PackedWeight) and m.format == "low-rank" for m in model.modules()):
+    held = [getattr(block.moe.experts, name) for block in model.blocks for name in ("gate_up", "down")]
+    if any(isinstance(w, PackedWeight) and w.factors for w in held):
         raise ConfigError(
             "experts stored as low-rank factors have no common basis to be averaged in; merge before low-rank"
+        )
+    if any(isinstance(w, PackedWeight) and w.format == "mixed" for w in held):
+        raise ConfigError(
+            "the experts of a layer differ in form, and an average of them has none; merge before reduce --experts"
         )
     if stats.sample is None:
         raise DataError("merging compares experts on a token sample; record with one (--sample 512)")
@@ -258,7 +263,7 @@ def _write(groups: list[Group], old: Experts, new: Experts, *, align: bool, tied
                 if not isinstance(target, PackedWeight):
                     target.data[place] = value.to(target.dtype)
                     continue
-                packed = PackedWeight.encode(value.unsqueeze(0), target.format)
+                packed = target.expert(place).encode_like(value.unsqueeze(0))
                 for part, tensor in packed.tensors.items():
                     target.tensors[part][place] = tensor[0]
 

@@ -6,6 +6,11 @@ The student learns to give the next-token distribution of the teacher on any tex
 
 Training the routers alone ("Router KD", arXiv 2603.02217) moves 2.2 million parameters on gpt-oss-20b: after a cut they
 still send tokens by what the missing experts would have done. Experts may stay packed for that.
+
+Packed experts can be trained themselves: they are decoded to fp32 meanwhile, 16 bytes a parameter with gradient and
+moments (:func:`xmoe.compression.unpacked.memory` says how much), and encoded again at the end in the form they had.
+Low-rank weights are trained as factors. Rounding takes some of it back; :class:`Recovery` has the loss before, at the end
+in floating point, and after encoding.
 """
 
 from __future__ import annotations
@@ -21,10 +26,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from xmoe.compression.layerwise import Batch, as_batches
+from xmoe.compression.unpacked import formats, unpacked
 from xmoe.errors import ConfigError, DataError
 from xmoe.kernels import dispatch
 from xmoe.model.transformer import Transformer
-from xmoe.quantization.packed import PackedWeight
 
 TRAINABLE = ("routers", "experts", "all")
 LEARNING_RATE = {"routers": 3e-3, "experts": 5e-4, "all": 3e-4}
@@ -32,13 +37,23 @@ LEARNING_RATE = {"routers": 3e-3, "experts": 5e-4, "all": 3e-4}
 
 _CHUNK = 1024  # tokens whose [., V] logits are held at a time
 
+MEASURED = 16_384
+"""Tokens of the text, the first ones, on which losses are compared where packed experts are trained."""
+
 
 class Recovery(NamedTuple):
-    """losses: KL in nats a token, one a step. parameters: how many were trained. tokens: how many were seen."""
+    """losses: KL in nats a token, one a step. parameters: how many were trained. tokens: how many were seen.
+
+    before, trained, stored: where packed experts were trained, the mean KL over the first :data:`MEASURED` tokens before
+    the first step, after the last in floating point, and as the experts are encoded again; else None.
+    """
 
     losses: list[float]
     parameters: int
     tokens: int
+    before: float | None = None
+    trained: float | None = None
+    stored: float | None = None
 
 
 def recover(
@@ -54,7 +69,7 @@ def recover(
     """Train `student` in place to agree with `teacher` on the text of `batches`, gone through as often as `steps` needs.
 
     Adam with a short warm-up and a cosine to a tenth of `lr`; gradients clipped to norm 1. Parameters that are trained are
-    held in fp32 meanwhile and return to their type at the end.
+    held in fp32 meanwhile and return to their type at the end, packed experts to their form.
 
     Args:
         batches: token ids [B, S], or pairs with a mask, as for recording; kept in memory.
@@ -63,7 +78,7 @@ def recover(
         on_step: called with the step's number and its loss.
 
     Raises:
-        ConfigError: experts that are packed are to be trained; models of different vocabularies. DataError: no tokens.
+        ConfigError: an unknown choice; models of different vocabularies. DataError: no tokens.
     """
     if train not in TRAINABLE:
         raise ConfigError(f"recover can train {', '.join(TRAINABLE)}, not {train!r}")
@@ -77,19 +92,29 @@ def recover(
     data = [b for b in as_batches(batches, student.device) if b.mask is None or bool(b.mask.any())]
     if not data:
         raise DataError("no tokens to recover on: the batches are empty or all padding; give more text")
-    chosen = trained_parameters(student, train)
     optimizer_lr = LEARNING_RATE[train] if lr is None else lr
     was_training, seen, losses = student.training, 0, []
     teacher_was_training = teacher.training
-    student.train()
+    before = trained = None
+    student.eval()
     teacher.eval()
-    with _only(student, chosen), _in_fp32(chosen) as autocast:
+    packed = train != "routers" and bool(formats(student))
+    if packed:
+        before = divergence(student, teacher, data)
+    student.train()
+    with contextlib.ExitStack() as stack:
+        held = stack.enter_context(unpacked(student, packed))
+        chosen = trained_parameters(student, train) + ([] if held is None else held.parameters)
+        stack.enter_context(_only(student, chosen))
+        autocast = stack.enter_context(_in_fp32(chosen))
         optimizer = torch.optim.AdamW(chosen, lr=optimizer_lr, betas=(0.9, 0.95), weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, steps))
         bar = tqdm(itertools.islice(itertools.cycle(data), steps), total=steps, desc="recovering", disable=None)
         for step, batch in enumerate(bar):
             with torch.no_grad():
                 goal = _hidden(teacher, batch)
+            if held is not None:
+                held.compose()
             with torch.autocast(student.device.type, torch.bfloat16, enabled=autocast):
                 hidden = _hidden(student, batch)
                 loss = _distil(student, teacher, hidden, goal, batch.mask)
@@ -102,18 +127,36 @@ def recover(
             bar.set_postfix(kl=f"{loss:.4f}")
             if on_step is not None:
                 on_step(step, loss)
+        if held is not None:
+            with torch.no_grad():
+                held.compose()
+            trained = divergence(student, teacher, data, autocast)
+    student.eval()
+    stored = divergence(student, teacher, data) if packed else None
     student.train(was_training)
     teacher.train(teacher_was_training)
-    return Recovery(losses, sum(p.numel() for p in chosen), seen)
+    return Recovery(losses, sum(p.numel() for p in chosen), seen, before, trained, stored)
+
+
+@torch.no_grad()
+def divergence(student: Transformer, teacher: Transformer, data: Iterable[Batch], autocast: bool = False) -> float:
+    """Mean KL(teacher || student) in nats a token over the first :data:`MEASURED` tokens, or a batch more."""
+    total, count = 0.0, 0
+    for batch in data:
+        wanted = _real(_hidden(teacher, batch), batch.mask)
+        with torch.autocast(student.device.type, torch.bfloat16, enabled=autocast):
+            given = _real(_hidden(student, batch), batch.mask)
+            for start in range(0, len(given), _CHUNK):
+                part = slice(start, start + _CHUNK)
+                total += float(_kl(student, teacher, given[part], wanted[part]))
+        count += len(given)
+        if count >= MEASURED:
+            break
+    return total / count
 
 
 def trained_parameters(model: Transformer, train: str) -> list[nn.Parameter]:
-    """What `train` names: routers; routers and experts; or everything."""
-    if train != "routers" and any(isinstance(m, PackedWeight) for m in model.modules()):
-        raise ConfigError(
-            f"the experts are packed and cannot be trained; train the routers, or load them with experts='dense' to "
-            f"train {train}"
-        )
+    """What `train` names: routers; routers and experts; or everything. Packed weights are no parameters."""
     if train == "all":
         return list(model.parameters())
     modules = [block.moe.router if train == "routers" else block.moe for block in model.blocks]
@@ -132,21 +175,31 @@ def _distil(student: Transformer, teacher: Transformer, hidden: Tensor, goal: Te
 
     Each chunk goes backward to the hidden states at once; the gradient collected there then goes on into the model.
     """
-    flat, goal = hidden.reshape(-1, hidden.shape[-1]), goal.reshape(-1, goal.shape[-1]).to(hidden.device)
-    if mask is not None:
-        flat, goal = flat[mask.reshape(-1)], goal[mask.reshape(-1)]
+    flat, goal = _real(hidden, mask), _real(goal, mask)
     leaf = flat.detach().requires_grad_()
     total = 0.0
     for start in range(0, leaf.shape[0], _CHUNK):
         part = slice(start, start + _CHUNK)
-        with torch.no_grad():
-            wanted = dispatch.linear(goal[part], teacher.unembedding.to(goal.device)).float().log_softmax(-1)
-        given = student.unembed(leaf[part]).float().log_softmax(-1)
-        loss = (wanted.exp() * (wanted - given)).sum() / leaf.shape[0]
+        loss = _kl(student, teacher, leaf[part], goal[part]) / leaf.shape[0]
         loss.backward()
         total += float(loss.detach())
     flat.backward(leaf.grad)
     return total
+
+
+def _real(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """[B, S, D] -> [T, D], without padding."""
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return flat if mask is None else flat[mask.reshape(-1)]
+
+
+def _kl(student: Transformer, teacher: Transformer, hidden: Tensor, goal: Tensor) -> Tensor:
+    """Sum over rows of KL(teacher || student), from the hidden states [T, D] of both after their final norms."""
+    goal = goal.to(hidden.device)
+    with torch.no_grad():
+        wanted = dispatch.linear(goal, teacher.unembedding.to(goal.device)).float().log_softmax(-1)
+    given = student.unembed(hidden).float().log_softmax(-1)
+    return (wanted.exp() * (wanted - given)).sum()
 
 
 def _hidden(model: Transformer, batch: Batch) -> Tensor:

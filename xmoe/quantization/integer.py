@@ -22,16 +22,24 @@ from xmoe.errors import CheckpointError, ConfigError
 INT4_GROUPS = (32, 64, 128)
 
 
-def encode_int8(weight: Tensor, group_size: int | None = None, affine: bool = False) -> dict[str, Tensor]:
-    """Pack [..., in] to 8 bits; `group_size` None means one scale a row. Returns the tensors named in the module's page."""
-    return _encode(weight, 8, weight.shape[-1] if group_size is None else group_size, affine)
+def encode_int8(
+    weight: Tensor, group_size: int | None = None, affine: bool = False, scales: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Pack [..., in] to 8 bits; `group_size` None means one scale a row. Returns the tensors named in the module's page.
+
+    scales: those that the weights had before, bfloat16 [..., in/g]: a symmetric group keeps its own where that still fits
+    its values as well as a new one would (within 1.6 %), so values that did not change get the codes they had.
+    """
+    return _encode(weight, 8, weight.shape[-1] if group_size is None else group_size, affine, scales)
 
 
-def encode_int4(weight: Tensor, group_size: int = 32, affine: bool = False) -> dict[str, Tensor]:
-    """Pack [..., in] to 4 bits in groups of 32, 64 or 128. Returns the tensors named in the module's page."""
+def encode_int4(
+    weight: Tensor, group_size: int = 32, affine: bool = False, scales: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Pack [..., in] to 4 bits in groups of 32, 64 or 128; `scales` as for int8. Returns the tensors of the module's page."""
     if group_size not in INT4_GROUPS:
         raise ConfigError(f"int4 groups may hold {', '.join(map(str, INT4_GROUPS))} weights, not {group_size}")
-    tensors = _encode(weight, 4, group_size, affine)
+    tensors = _encode(weight, 4, group_size, affine, scales)
     q = tensors["values"] if affine else (tensors["values"] + 8).to(torch.uint8)
     return tensors | {"values": q[..., 0::2] | q[..., 1::2] << 4}
 
@@ -48,7 +56,7 @@ def decode_int4(tensors: dict[str, Tensor], dtype: torch.dtype = torch.bfloat16)
     return _decode(q if "zeros" in tensors else q - 8, tensors, dtype)
 
 
-def _encode(weight: Tensor, bits: int, group_size: int, affine: bool) -> dict[str, Tensor]:
+def _encode(weight: Tensor, bits: int, group_size: int, affine: bool, scales: Tensor | None) -> dict[str, Tensor]:
     width = weight.shape[-1]
     if group_size < 1 or width % group_size or (bits == 4 and width % 2):
         raise ConfigError(f"int{bits} groups of {group_size} do not divide the input dimension {width}")
@@ -58,6 +66,9 @@ def _encode(weight: Tensor, bits: int, group_size: int, affine: bool) -> dict[st
     if not affine:
         top = 2 ** (bits - 1) - 1
         scale = _round_up(groups.abs().amax(dim=-1) / top)
+        if scales is not None:
+            old = scales.float()
+            scale = torch.where((scale <= old) & (old <= 1.016 * scale), old, scale)
         q = torch.round(groups / _divisor(scale)).clamp(-top, top)
         return {"values": q.flatten(-2).to(torch.int8), "scales": scale.to(torch.bfloat16)}
     top = 2**bits - 1

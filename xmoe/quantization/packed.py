@@ -149,10 +149,11 @@ class PackedWeight(nn.Module):
         return FORMATS[self.format].decode(self.tensors if experts is None else self._rows(experts), dtype)
 
     def encode_like(self, dense: Tensor) -> PackedWeight:
-        """`dense` [n, out, in] in the number format and the groups that this weight has."""
-        options = {"affine": hasattr(self, "zeros")} if self.format in ("int8", "int4") else {}
-        if self.format == "int4" or (self.format == "int8" and self.group != self.shape[2]):
-            options["group_size"] = self.group
+        """`dense`, of this shape, in the format and groups that this weight has: the same codes where values stayed."""
+        options = {}
+        if self.format in ("int8", "int4"):
+            affine = hasattr(self, "zeros")
+            options = {"affine": affine, "group_size": self.group, "scales": None if affine else self.scales}
         return PackedWeight.encode(dense, self.format, **options)
 
     def select_experts(self, ids: Sequence[int] | Tensor) -> PackedWeight:

@@ -26,7 +26,7 @@ def compare(dtype: torch.dtype, rows: int, columns: int, inner: int, bias_dtype:
 
 
 @pytest.mark.parametrize("dtype", list(BOUNDS), ids=["fp32", "bf16"])
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 16, 17])
 @pytest.mark.parametrize(("columns", "inner"), [(4, 33), (35, 7), (70, 100), (97, 64), (3, 40)])
 @pytest.mark.parametrize("bias_dtype", [None, torch.float32, torch.bfloat16], ids=["none", "fp32", "bf16"])
 def test_linear_of_a_few_rows(dtype, rows, columns, inner, bias_dtype):

@@ -140,16 +140,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """See :func:`xmoe.kernels.reference.linear`."""
     dtype, rows = compute_dtype(x), x.numel() // max(x.shape[-1], 1)
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    if not trains and 0 < rows <= _FEW_ROWS and weight.dtype == dtype and weight.is_contiguous():
+    if not trains and 0 < rows <= FEW_ROWS and weight.dtype == dtype and weight.is_contiguous():
         return _few_rows(x.to(dtype).contiguous(), weight, bias, rows)
     return _apply(_Linear, x, weight, bias, dtype)
 
 
-_FEW_ROWS = 4  # as MOST_ROWS of few.c
+FEW_ROWS = 16
+"""Rows up to which a product that needs no gradient reads its weight straight from where it lies, as decoding wants it."""
 
 
 def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-    """x [..., I] of up to 4 rows times weight [N, I] of the same dtype, which streams past once; no gradient."""
+    """x [..., I] of a handful of rows times weight [N, I] of the same dtype, which streams past once; no gradient."""
     if bias is not None:
         bias = (bias if bias.dtype in (torch.bfloat16, torch.float32) else bias.float()).contiguous()
     y = torch.empty(*x.shape[:-1], len(weight), dtype=x.dtype)

@@ -84,12 +84,12 @@ static int block(const struct decode_step *s, const struct decode_layer *l, stru
                                       l->limit, l->alpha, NULL, NULL, 0, 0, NULL, NULL, 0, 0);
     else
         failed = NAME(few_experts)(w.normed, l->indices, l->weights, l->up, l->up_bias, l->down, l->down_bias, bias_is_float, w.y,
-                                   l->norms, rows, l->chosen, D, s->inner, l->limit, l->alpha);
+                                   l->norms, rows, l->chosen, l->experts, D, s->inner, l->limit, l->alpha);
     add(x, w.y, rows * D);
     return failed;
 }
 
-/* All blocks, one after the other; x holds the stream before and after. Up to 4 rows, as few_rows takes. */
+/* All blocks, one after the other; x holds the stream before and after. */
 int NAME(decode_step)(const struct decode_step *s) {
     int64_t rows = s->batch * s->tokens, H = s->heads * s->head_dim, G = s->groups * s->head_dim, widest = s->width, floats = s->heads;
     for (int64_t i = 0; i < s->layers; i++)

@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from xmoe.kernels.cpu import backend as cpu
 from xmoe.kernels.cpu.library import DecodeLayer, DecodeStepArguments, run
 
-MOST_ROWS = 4  # as few.c takes
+MOST_ROWS = cpu.FEW_ROWS
 ALPHA = 1.702
 
 
@@ -83,7 +84,7 @@ def decode_step(
     eps: float,
     norms: bool = False,
 ) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    """x [B, S, D], B * S up to 4, becomes the stream behind the last block, in place; keys and values go to their rooms.
+    """x [B, S, D], B * S up to MOST_ROWS, becomes the stream behind the last block, in place; keys and values go to their rooms.
 
     cos, sin: fp32 [1 or B, S, Dh/2]. positions: int64 [B, S]. Returns for each layer logits fp32 [T, E], indices int64
     [T, K], weights fp32 [T, K] and, if `norms`, output lengths [T, K], over T = B * S tokens.

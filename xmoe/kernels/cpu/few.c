@@ -5,10 +5,10 @@
  * the hardware does not tell apart: reading them together halves the bandwidth.
  */
 #include "kernels.h"
-#include "product.h"
+#include "slots.h"
 
 #define STREAMS 4    /* rows of the weight that are read together */
-#define MOST_ROWS 4  /* rows of x */
+#define AT_ONCE 4    /* rows of x that a vector of the weight is multiplied with */
 #define TASK 32      /* columns of the result that a thread takes at a time */
 #define STEP (LANES * PAIR)
 #define AHEAD 1024 /* bytes of a stream from what is read to what is asked for */
@@ -23,7 +23,7 @@ INLINE vu load_weight(const element *p) { return (vu)load(p); }
 
 /* sums[c][r] over one vector of the inner dimension, of which `left` values exist */
 INLINE void add_products(int rows, int64_t left, const element *const *weight, int64_t at, const ready *x, int64_t x_row,
-                         vf sums[STREAMS][MOST_ROWS]) {
+                         vf sums[STREAMS][AT_ONCE]) {
 #pragma GCC unroll 4
     for (int c = 0; c < STREAMS; c++) {
         const element *from = weight[c] + at;
@@ -43,7 +43,7 @@ INLINE void columns_by_rows(int rows, const element *weight, const ready *x, int
                             const void *bias, int bias_is_float, void *y, int64_t y_row, int y_is_float) {
     int64_t each = (columns + STREAMS - 1) / STREAMS; /* columns of a stream */
     for (int64_t c = 0; c < each; c++) {
-        vf sums[STREAMS][MOST_ROWS] = {0};
+        vf sums[STREAMS][AT_ONCE] = {0};
         int64_t k = 0, column[STREAMS];
         const element *from[STREAMS];
 #pragma GCC unroll 4
@@ -79,7 +79,7 @@ INLINE void make_ready(ready *to, const element *x, int64_t inner, int64_t padde
 #endif
 }
 
-/* y [rows, columns] = x [rows, inner] weight [columns, inner]^T + bias [columns], floats or bf16, or NULL; up to 4 rows */
+/* y [rows, columns] = x [rows, inner] weight [columns, inner]^T + bias [columns], floats or bf16, or NULL; for a handful of rows */
 int NAME(few_rows)(const element *x, const element *weight, const void *bias, int bias_is_float, int64_t rows, int64_t inner,
                    int64_t columns, element *y) {
     int64_t x_row = round_up(inner, STEP), tasks = (columns + TASK - 1) / TASK;
@@ -91,11 +91,15 @@ int NAME(few_rows)(const element *x, const element *weight, const void *bias, in
         int64_t first = task * TASK, count = smaller(TASK, columns - first);
         const element *w = weight + first * inner;
         const void *b = bias_from(bias, bias_is_float, first);
-        switch (rows) {
-        case 1: columns_by_rows(1, w, from, x_row, inner, count, b, bias_is_float, y + first, columns, 0); break;
-        case 2: columns_by_rows(2, w, from, x_row, inner, count, b, bias_is_float, y + first, columns, 0); break;
-        case 3: columns_by_rows(3, w, from, x_row, inner, count, b, bias_is_float, y + first, columns, 0); break;
-        default: columns_by_rows(4, w, from, x_row, inner, count, b, bias_is_float, y + first, columns, 0);
+        for (int64_t r = 0; r < rows; r += AT_ONCE) { /* from the second time on, the weight comes from the cache */
+            const ready *some = from + r * x_row;
+            element *to = y + r * columns + first;
+            switch (smaller(rows - r, AT_ONCE)) {
+            case 1: columns_by_rows(1, w, some, x_row, inner, count, b, bias_is_float, to, columns, 0); break;
+            case 2: columns_by_rows(2, w, some, x_row, inner, count, b, bias_is_float, to, columns, 0); break;
+            case 3: columns_by_rows(3, w, some, x_row, inner, count, b, bias_is_float, to, columns, 0); break;
+            default: columns_by_rows(4, w, some, x_row, inner, count, b, bias_is_float, to, columns, 0);
+            }
         }
     }
     free(from);
@@ -104,71 +108,90 @@ int NAME(few_rows)(const element *x, const element *weight, const void *bias, in
 
 #define PIECE 64 /* rows of an expert's weight that a task takes: gates and ups in turn */
 
-/* Rows `first` and following of an expert's gate_up, 64 at most, and the clamped SwiGLU of their pairs. */
-static void activate(const element *weight, const void *bias, int bias_is_float, const ready *x, int64_t width, int64_t count,
-                     float limit, float alpha, ready *act) {
-    float h[PIECE] = {0}, done[PIECE / 2];
-    columns_by_rows(1, weight, x, 0, width, count, bias, bias_is_float, h, 0, 1);
-    for (int64_t r = 0; r < PIECE; r += 2 * LANES) {
-        vf low = load_float(h + r), high = load_float(h + r + LANES);
-        vf gate = vmin(EVEN(low, high), splat(limit)), up = vmax(vmin(ODD(low, high), splat(limit)), splat(-limit));
-        store_float(done + r / 2, gate * sigmoid_lanes(gate * alpha) * (up + 1.0f));
+INLINE void piece_of_rows(int64_t rows, const element *weight, const ready *x, int64_t x_row, int64_t inner, int64_t count,
+                          const void *bias, int bias_is_float, float *y, int64_t y_row) {
+    switch (rows) {
+    case 1: columns_by_rows(1, weight, x, x_row, inner, count, bias, bias_is_float, y, y_row, 1); break;
+    case 2: columns_by_rows(2, weight, x, x_row, inner, count, bias, bias_is_float, y, y_row, 1); break;
+    case 3: columns_by_rows(3, weight, x, x_row, inner, count, bias, bias_is_float, y, y_row, 1); break;
+    default: columns_by_rows(4, weight, x, x_row, inner, count, bias, bias_is_float, y, y_row, 1);
     }
-    for (int64_t r = 0; r < count / 2; r++) {
+}
+
+/* `count` rows of an expert's gate_up, 64 at most, times up to 4 rows of x, and the clamped SwiGLU of their pairs. */
+static void activate(int64_t rows, const element *weight, const void *bias, int bias_is_float, const ready *x, int64_t x_row,
+                     int64_t width, int64_t count, float limit, float alpha, ready *act, int64_t act_row) {
+    float sums[AT_ONCE * PIECE] = {0}, done[PIECE / 2], *h = sums;
+    piece_of_rows(rows, weight, x, x_row, width, count, bias, bias_is_float, sums, PIECE);
+    for (int64_t i = 0; i < rows; i++, h += PIECE, act += act_row) {
+        for (int64_t r = 0; r < PIECE; r += 2 * LANES) {
+            vf low = load_float(h + r), high = load_float(h + r + LANES);
+            vf gate = vmin(EVEN(low, high), splat(limit)), up = vmax(vmin(ODD(low, high), splat(limit)), splat(-limit));
+            store_float(done + r / 2, gate * sigmoid_lanes(gate * alpha) * (up + 1.0f));
+        }
+        for (int64_t r = 0; r < count / 2; r++) {
 #if PAIR == 2
-        act[r] = narrow_one(done[r]);
+            act[r] = narrow_one(done[r]);
 #else
-        act[r] = done[r];
+            act[r] = done[r];
 #endif
+        }
     }
 }
 
 /* packed_experts of mxfp4.c for dense weights and a handful of tokens: y[t] = sum over k of weights[t, k] f_e(x[t]).
  *
- * Each (token, expert) pair reads its expert's rows; gate_up [experts, 2 inner, width], down [experts, width, inner]. */
+ * gate_up [experts, 2 inner, width], down [experts, width, inner]; a task reads its rows once for each 4 slots of its expert. */
 int NAME(few_experts)(const element *x, const int64_t *indices, const float *weights, const element *gate_up,
                       const void *up_bias, const element *down, const void *down_bias, int bias_is_float, element *y, float *norms,
-                      int64_t tokens, int64_t slots, int64_t width, int64_t inner, float limit, float alpha) {
-    int64_t pairs = tokens * slots, x_row = round_up(width, STEP), act_row = round_up(inner, STEP);
+                      int64_t tokens, int64_t slots, int64_t experts, int64_t width, int64_t inner, float limit, float alpha) {
+    int64_t all = tokens * slots, x_row = round_up(width, STEP), act_row = round_up(inner, STEP);
     int64_t up_tasks = (2 * inner + PIECE - 1) / PIECE, down_tasks = (width + PIECE - 1) / PIECE;
-    char *all = rooms((tokens * x_row + pairs * act_row) * sizeof(ready) + pairs * width * 4 + 3 * 64), *room = all;
+    int64_t bytes = all * (x_row + act_row) * sizeof(ready) + all * width * 4 + all * (16 + sizeof(struct piece)) + (experts + 1) * 8;
+    char *all_room = rooms(bytes + 7 * 64), *room = all_room;
     if (!room) return 1;
-    ready *from = carve(&room, tokens * x_row * sizeof(ready)), *act = carve(&room, pairs * act_row * sizeof(ready));
-    float *out = carve(&room, pairs * width * 4);
-    for (int64_t t = 0; t < tokens; t++) make_ready(from + t * x_row, x + t * width, width, x_row);
-    for (int64_t i = 0; i < pairs; i++) memset(act + i * act_row + inner, 0, (act_row - inner) * sizeof(ready));
-#pragma omp parallel if (WORTH_SHARING(pairs * inner * width / 2))
+    ready *from = carve(&room, all * x_row * sizeof(ready)), *act = carve(&room, all * act_row * sizeof(ready)); /* by rank */
+    float *out = carve(&room, all * width * 4);
+    int64_t *slot = carve(&room, all * 8), *place = carve(&room, all * 8), *next = carve(&room, (experts + 1) * 8);
+    struct piece *piece = carve(&room, all * sizeof(struct piece));
+    int64_t pieces = sort_slots(indices, all, experts, AT_ONCE, next, place, slot, piece);
+    for (int64_t i = 0; i < all; i++) {
+        if (place[i] < 0) continue;
+        make_ready(from + place[i] * x_row, x + i / slots * width, width, x_row);
+        memset(act + place[i] * act_row + inner, 0, (act_row - inner) * sizeof(ready));
+    }
+#pragma omp parallel if (WORTH_SHARING(all * inner * width / 2))
     {
 #pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < pairs * up_tasks; task++) {
-            int64_t i = task / up_tasks, first = task % up_tasks * PIECE, e = indices[i];
-            if (e < 0) continue;
-            activate(gate_up + (e * 2 * inner + first) * width, bias_from(up_bias, bias_is_float, e * 2 * inner + first), bias_is_float,
-                     from + i / slots * x_row, width, smaller(PIECE, 2 * inner - first), limit, alpha, act + i * act_row + first / 2);
+        for (int64_t task = 0; task < pieces * up_tasks; task++) { /* the pieces of an expert follow one another, block by block */
+            struct piece p = piece[task % pieces];
+            int64_t first = task / pieces * PIECE, row = p.expert * 2 * inner + first;
+            activate(p.count, gate_up + row * width, bias_from(up_bias, bias_is_float, row), bias_is_float, from + p.first * x_row,
+                     x_row, width, smaller(PIECE, 2 * inner - first), limit, alpha, act + p.first * act_row + first / 2, act_row);
         }
 #pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < pairs * down_tasks; task++) {
-            int64_t i = task / down_tasks, first = task % down_tasks * PIECE, e = indices[i];
-            if (e < 0) continue;
-            columns_by_rows(1, down + (e * width + first) * inner, act + i * act_row, 0, inner, smaller(PIECE, width - first),
-                            bias_from(down_bias, bias_is_float, e * width + first), bias_is_float, out + i * width + first, 0, 1);
+        for (int64_t task = 0; task < pieces * down_tasks; task++) {
+            struct piece p = piece[task % pieces];
+            int64_t first = task / pieces * PIECE, row = p.expert * width + first;
+            piece_of_rows(p.count, down + row * inner, act + p.first * act_row, act_row, inner, smaller(PIECE, width - first),
+                          bias_from(down_bias, bias_is_float, row), bias_is_float, out + p.first * width + first, width);
         }
     }
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t c = 0; c < width; c += LANES) {
             vf sum = splat(0.0f);
             for (int64_t i = t * slots; i < (t + 1) * slots; i++)
-                if (indices[i] >= 0) sum += load_float_part(out + i * width + c, width - c) * weights[i];
+                if (place[i] >= 0) sum += load_float_part(out + place[i] * width + c, width - c) * weights[i];
             store_part(y + t * width + c, sum, width - c);
         }
-    for (int64_t i = 0; norms && i < pairs; i++) {
+    for (int64_t i = 0; norms && i < all; i++) {
         vf square = splat(0.0f);
-        for (int64_t c = 0; indices[i] >= 0 && c < width; c += LANES) {
-            vf v = load_float_part(out + i * width + c, width - c);
+        for (int64_t c = 0; place[i] >= 0 && c < width; c += LANES) {
+            vf v = load_float_part(out + place[i] * width + c, width - c);
             square += v * v;
         }
         norms[i] = sqrtf(total_lanes(square));
     }
-    free(all);
+    free(all_room);
     return 0;
 }

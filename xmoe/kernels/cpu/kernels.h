@@ -22,5 +22,5 @@ int NAME(packed_experts)(const element *x, const int64_t *indices, const float *
                          int64_t down_rank, float down_scale);
 int NAME(few_experts)(const element *x, const int64_t *indices, const float *weights, const element *gate_up,
                       const void *up_bias, const element *down, const void *down_bias, int bias_is_float, element *y, float *norms,
-                      int64_t tokens, int64_t slots, int64_t width, int64_t inner, float limit, float alpha);
+                      int64_t tokens, int64_t slots, int64_t experts, int64_t width, int64_t inner, float limit, float alpha);
 #endif

@@ -12,6 +12,7 @@
 #include "adapter.h"
 #include "kernels.h"
 #include "product.h"
+#include "slots.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -216,9 +217,6 @@ static void few_rows(int64_t tokens, const uint8_t *blocks, const uint8_t *scale
         }
 }
 
-struct piece { /* slots of one expert: `slot[first]` and those that follow, as many as `count` */
-    int64_t expert, first, count;
-};
 INLINE float bias_at(const void *bias, int is_float, int64_t i) {
     return is_float ? ((const float *)bias)[i] : widen_one(((const uint16_t *)bias)[i]);
 }
@@ -258,7 +256,7 @@ int NAME(packed_experts)(const element *x, const int64_t *indices, const float *
                          const float *up_b, int64_t up_rank, float up_scale, const float *down_a, const float *down_b,
                          int64_t down_rank, float down_scale) {
     struct adapter up_adapter = {up_a, up_b, up_rank, up_scale}, down_adapter = {down_a, down_b, down_rank, down_scale};
-    int64_t all = tokens * slots, x_row = round_up(width, CHUNK), act_row = round_up(inner, CHUNK), pieces = 0;
+    int64_t all = tokens * slots, x_row = round_up(width, CHUNK), act_row = round_up(inner, CHUNK);
     int64_t bytes = all * 5 * 8 + (experts + 1) * 8 + tokens * x_row * sizeof(ready) + all * (act_row * sizeof(ready) + width * 4);
     bytes += all * (up_rank + down_rank) * 4 + (down_a ? all * inner * sizeof(element) : 0);
     char *all_room = rooms(bytes + 11 * 64), *room = all_room;
@@ -270,17 +268,7 @@ int NAME(packed_experts)(const element *x, const int64_t *indices, const float *
     float *up_inside = carve(&room, all * up_rank * 4), *down_inside = carve(&room, all * down_rank * 4);
     element *act_elements = carve(&room, down_a ? all * inner * sizeof(element) : 0); /* activations in their own order */
 
-    memset(next, 0, (experts + 1) * 8); /* sort the slots by expert */
-    for (int64_t i = 0; i < all; i++)
-        if (indices[i] >= 0) next[indices[i] + 1]++;
-    for (int64_t e = 0; e < experts; e++) {
-        int64_t first = next[e], last = next[e + 1] += first;
-        for (; first < last; first += TASK_TOKENS) piece[pieces++] = (struct piece){e, first, smaller(TASK_TOKENS, last - first)};
-    }
-    for (int64_t i = 0; i < all; i++) {
-        place[i] = indices[i] < 0 ? -1 : next[indices[i]]++;
-        if (place[i] >= 0) slot[place[i]] = i;
-    }
+    int64_t pieces = sort_slots(indices, all, experts, TASK_TOKENS, next, place, slot, piece);
     int64_t up_tasks = inner / (TASK_ROWS / 2), down_tasks = (width + TASK_ROWS - 1) / TASK_ROWS;
 #pragma omp parallel
     {

@@ -88,6 +88,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _choose(x, triton_takes=False).linear(x, weight, bias)
 
 
+def unembed(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden [..., D] times weight [V, D] -> logits; of a few rows, as generation has them, in the way of a decode step."""
+    backend = _choose(hidden, triton_takes=False)
+    return cpu.linear(hidden, weight, few=cpu.MANY_FEW) if backend is cpu else backend.linear(hidden, weight)
+
+
 def adapter_product(x: Tensor, adapter: Adapter) -> Tensor:
     """See :func:`xmoe.kernels.reference.adapter_product`; taken in x's type, or in autocast's."""
     backend, dtype = _choose(x, triton_takes=False), portable.compute_dtype(x)

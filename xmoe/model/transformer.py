@@ -175,7 +175,7 @@ class Transformer(nn.Module):
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] after the final norm -> logits [..., V]."""
-        return dispatch.linear(hidden, self.unembedding)
+        return dispatch.unembed(hidden, self.unembedding)
 
     def _experts_per_layer(self, k: int | Sequence[int] | None) -> Sequence[int | None]:
         layers = len(self.blocks)

@@ -21,8 +21,11 @@ def compare(dtype: torch.dtype, rows: int, columns: int, inner: int, bias_dtype:
     expected = x.double() @ weight.double().t() + (0.0 if bias is None else bias.double())
     with torch.no_grad():
         found = dispatch.linear(x.unsqueeze(0), weight, bias)
+        logits = dispatch.unembed(x.unsqueeze(0), weight)
     assert found.dtype == dtype and found.shape == (1, rows, columns)
     assert (found[0].double() - expected).norm() < BOUNDS[dtype] * expected.norm()
+    without_bias = x.double() @ weight.double().t()
+    assert (logits[0].double() - without_bias).norm() < BOUNDS[dtype] * without_bias.norm()
 
 
 @pytest.mark.parametrize("dtype", list(BOUNDS), ids=["fp32", "bf16"])

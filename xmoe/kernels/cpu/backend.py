@@ -136,17 +136,22 @@ class _Linear(Function):
         return dx, dw, db, None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """See :func:`xmoe.kernels.reference.linear`."""
+FEW_ROWS = 4
+"""Rows up to which a product that needs no gradient reads its weight straight from where it lies, as decoding wants it.
+
+Up to 16 rows that is the faster way (`MANY_FEW`), but it rounds differently, and what is recorded of a text should not
+depend on how many of its tokens came together: so only those who ask get it, the decode step and the unembedding.
+"""
+MANY_FEW = 16
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, few: int = FEW_ROWS) -> Tensor:
+    """See :func:`xmoe.kernels.reference.linear`; up to `few` rows without gradient go the way of decoding."""
     dtype, rows = compute_dtype(x), x.numel() // max(x.shape[-1], 1)
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    if not trains and 0 < rows <= FEW_ROWS and weight.dtype == dtype and weight.is_contiguous():
+    if not trains and 0 < rows <= few and weight.dtype == dtype and weight.is_contiguous():
         return _few_rows(x.to(dtype).contiguous(), weight, bias, rows)
     return _apply(_Linear, x, weight, bias, dtype)
-
-
-FEW_ROWS = 16
-"""Rows up to which a product that needs no gradient reads its weight straight from where it lies, as decoding wants it."""
 
 
 def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from xmoe.kernels.cpu import backend as cpu
 from xmoe.kernels.cpu.library import DecodeLayer, DecodeStepArguments, run
 
-MOST_ROWS = cpu.FEW_ROWS
+MOST_ROWS = cpu.MANY_FEW
 ALPHA = 1.702
 
 

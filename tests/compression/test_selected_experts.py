@@ -259,6 +259,32 @@ def test_other_layouts_decode_it_and_keep_the_bytes_they_share(model, tokens, tm
     assert Checkpoint(tmp_path / "out").layout.name == "native"  # the source's own cannot hold it
 
 
+@torch.no_grad()
+def test_parts_in_mxfp4_go_into_the_order_of_the_cuda_kernels(mixed, tmp_path):
+    """gate_up's with gate and up rows paired, down's not; factors are none of those kernels' work. The file stays the same."""
+    from xmoe.kernels.cuda import backend
+    from xmoe.kernels.cuda.repack import RepackedWeight
+
+    mixed, _ = reduce(mixed, ["mxfp4"], experts=[(0, 0), (0, 3)])
+    values = [
+        w.decode(dtype=torch.float32) for w in (mixed.blocks[0].moe.experts.gate_up, mixed.blocks[0].moe.experts.down)
+    ]
+    save(mixed, tmp_path / "before")
+    assert backend.prepare(mixed) == 2 and backend.prepare(mixed) == 0
+    experts = mixed.blocks[0].moe.experts
+    for weight, paired, old in zip((experts.gate_up, experts.down), (True, False), values):
+        kinds = {k: (type(w).__name__, getattr(w, "format", "dense")) for k, w in weight.parts.items()}
+        assert kinds == {
+            0: ("PackedFactors", "low-rank-mxfp4"), 1: ("PackedWeight", "int8"), 2: ("RepackedWeight", "mxfp4"),
+            3: ("PackedWeight", "low-rank"), 4: ("PackedFactors", "low-rank-int4"),
+        }  # fmt: skip
+        assert isinstance(weight.parts[2], RepackedWeight) and weight.parts[2].paired == paired
+        assert torch.equal(weight.decode(dtype=torch.float32), old)
+    save(mixed, tmp_path / "after")
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("before", "after")]
+    assert files[0] == files[1]
+
+
 def test_damaged_parts_are_named(mixed, tmp_path):
     from safetensors.torch import load_file, save_file
 

@@ -184,6 +184,36 @@ def test_low_rank_from_text_to_a_checkpoint_that_speaks(run, made, recorded, cap
     assert "in low-rank (rank " in capsys.readouterr().out
 
 
+def test_some_experts_of_a_layer_from_end_to_end(run, made, recorded, capsys):
+    line = "reduce --checkpoint packed --method low-rank,int8 --fraction 0.4 --experts 0:3,0:7,1:* --output some"
+    code, out, _ = run(line)
+    assert code == 0 and out.count("\n") == 2
+    some = Checkpoint(made / "some")
+    assert some.layout.name == "native" and sorted(some.formats) == ["low-rank-int8", "mxfp4"]
+    stages = json.loads((made / "some" / "manifest.json").read_text())["operations"]
+    stored = [i.nbytes for n, i in some.reader.tensors.items() if ".experts." in n and "bias" not in n]
+    assert stages[-1]["bytes_after"] == sum(stored)
+    assert run("record --checkpoint some --data text.txt --tokens 200 --seq-len 50 --output some.safetensors")[0] == 0
+    assert run("prune --checkpoint some --stats some.safetensors --keep 4 --output some-4")[0] == 0
+    assert run("verify --source some --pruned some-4")[0] == 0
+    back = "recover --checkpoint some --teacher model --data text.txt --tokens 60 --seq-len 30 --steps 2 --train all"
+    code, out, err = run(f"{back} --output some-back --json")
+    result = json.loads(out)
+    assert code == 0 and Checkpoint(made / "some-back").formats == some.formats
+    assert "training mxfp4 and low-rank-int8 experts in fp32" in err and result["stored_kl"] >= 0
+    for script, words in (
+        ("describe", []),
+        ("chat", ["--prompt", "The", "--max-new-tokens", "4", "--temperature", "0"]),
+        ("convert", ["--output", str(made / "some-hf"), "--layout", "hf-bf16"]),
+    ):
+        spec = importlib.util.spec_from_file_location(f"{script}_command", SCRIPT.with_name(f"{script}.py"))
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        assert module.main(["--checkpoint", str(made / "some"), *words]) in (0, None)
+    assert "in low-rank-int8 and mxfp4 (rank " in capsys.readouterr().out
+    assert Checkpoint(made / "some-hf").formats == ["dense"]
+
+
 def test_a_recipe_does_it_all_and_flags_override_it(run, made, recorded):
     (made / "recipe.yaml").write_text(
         "record: {data: text.txt, tokens: 200, seq_len: 40, sample: 30}\n"

@@ -52,6 +52,10 @@ class PackedFactors(PackedWeight):
     def factors(self) -> tuple[PackedWeight, PackedWeight]:
         return self.left, self.right
 
+    @property
+    def device(self) -> torch.device:
+        return self.left.device
+
     def decode(self, experts: Sequence[int] | Tensor | None = None, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """The products [n, out, in], summed in float32 and rounded once."""
         left, right = (f.decode(experts, torch.float32) for f in self.factors)
@@ -128,6 +132,10 @@ class MixedWeight(PackedWeight):
                 found[k] = torch.tensor(ids, device=device), rows.to(device)
             self._places[device] = found
         return self._places[device]
+
+    @property
+    def device(self) -> torch.device:
+        return self.part.device
 
     @property
     def count(self) -> int:

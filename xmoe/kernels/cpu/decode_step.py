@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xmoe.kernels.cpu import backend as cpu
 from xmoe.kernels.cpu.library import DecodeLayer, DecodeStepArguments, run
+from xmoe.kernels.cpu.products import MANY_FEW
 
-MOST_ROWS = cpu.MANY_FEW
+MOST_ROWS = MANY_FEW
 ALPHA = 1.702
 
 

@@ -1,0 +1,143 @@
+"""Matrix products in C, one weight or one for each expert, and what all operations of this backend share.
+
+Products take any number of rows an expert, read fp32 weights beside bf16 activations and write fp32 gradients; a product of
+a handful of rows streams its weight once, from where it lies.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from xmoe.kernels.cpu.library import run
+from xmoe.quantization.packed import PackedWeight
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype an operation on x works in: autocast's inside autocast, else x's own."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+class _Forgets:
+    """A context that keeps nothing, for where no gradient can be asked for: autograd's own costs more than a small kernel."""
+
+    def save_for_backward(self, *_: Tensor | None) -> None:
+        pass
+
+    mark_non_differentiable = save_for_backward
+
+
+def apply(function: type[Function], *arguments):
+    """`function.apply`, or its forward pass alone where gradients are off."""
+    return function.apply(*arguments) if torch.is_grad_enabled() else function.forward(_Forgets(), *arguments)
+
+
+def whole(rows: int) -> Tensor:
+    """Offsets of `rows` rows that all belong to one expert: a grouped operation as a plain one."""
+    return torch.tensor([0, rows])
+
+
+def product(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    offsets: Tensor,
+    out: Tensor,
+    bias: Tensor | None = None,
+    transposed: bool = False,
+) -> Tensor:
+    """out [R, N] = x [R, I] times the weight [E, N, I] of each row's expert, or [E, I, N] where `transposed`.
+
+    The weight may be fp32 beside rows in bf16, or MXFP4: it is rounded or decoded on the way, and no converted copy of
+    it exists. A low-rank one is two thin products. bias is fp32 [E, N], and None where the weight is not dense.
+    """
+    E, inner, columns = offsets.numel() - 1, x.shape[1], out.shape[1]
+    if isinstance(weight, PackedWeight) and weight.format == "low-rank":
+        first, second = (weight.left, weight.right) if transposed else (weight.right, weight.left)
+        between = torch.empty(len(x), weight.left.shape[2], dtype=x.dtype)
+        product(x, as_weight(first, x.dtype), offsets, between, transposed=transposed)
+        return product(between, as_weight(second, x.dtype), offsets, out, transposed=transposed)
+    if isinstance(weight, PackedWeight):
+        blocks, scales = weight.blocks, weight.scales
+        run("packed_product", x.dtype, x, blocks, scales, transposed, offsets, E, inner, columns, out)
+        return out
+    is_float = weight.dtype == torch.float32
+    run("grouped_product", x.dtype, x, weight, is_float, transposed, bias, offsets, E, inner, columns, out)
+    return out
+
+
+def gradient(left: Tensor, right: Tensor, offsets: Tensor, out: Tensor) -> Tensor:
+    """out [E, N, I] = left [R, N]^T right [R, I] over the rows of each expert, in out's type; 0 where there are none."""
+    E, height, width = offsets.numel() - 1, left.shape[1], right.shape[1]
+    is_float = out.dtype == torch.float32
+    run("grouped_gradient", left.dtype, left, right, offsets, E, height, width, out, is_float)
+    return out
+
+
+def column_sums(rows: Tensor, offsets: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Sums of [R, N] over the rows of each expert, each times its scale: [E, N] in fp32."""
+    out = torch.empty(offsets.numel() - 1, rows.shape[1], dtype=torch.float32)
+    run("column_sums", rows.dtype, rows, scale, offsets, out.shape[0], out.shape[1], out)
+    return out
+
+
+def as_weight(weight: Tensor | PackedWeight, dtype: torch.dtype) -> Tensor | PackedWeight:
+    """A weight as the kernels take it: contiguous, in fp32 or in the dtype of the work; or packed, as it is."""
+    if isinstance(weight, PackedWeight):
+        return weight
+    return (weight if weight.dtype in (dtype, torch.float32) else weight.to(dtype)).contiguous()
+
+
+class _Linear(Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        rows, w = x.reshape(-1, x.shape[-1]).to(dtype).contiguous(), as_weight(weight, dtype)
+        b = None if bias is None else bias.float().contiguous()
+        y = product(rows, w, whole(len(rows)), torch.empty(len(rows), len(w), dtype=dtype), b)
+        ctx.save_for_backward(rows, w)
+        ctx.shape, ctx.types = x.shape, (x.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return y.view(*x.shape[:-1], len(w))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        rows, w = ctx.saved_tensors
+        all_rows = whole(len(rows))
+        dx = dw = db = None
+        grad = grad.reshape(-1, len(w)).to(rows.dtype).contiguous()
+        if ctx.needs_input_grad[0]:
+            dx = product(grad, w, all_rows, torch.empty_like(rows), transposed=True).view(ctx.shape).to(ctx.types[0])
+        if ctx.needs_input_grad[1]:
+            dw = gradient(grad, rows, all_rows, torch.empty_like(w)).to(ctx.types[1])
+        if ctx.needs_input_grad[2]:
+            db = column_sums(grad, all_rows)[0].to(ctx.types[2])
+        return dx, dw, db, None
+
+
+FEW_ROWS = 4
+"""Rows up to which a product that needs no gradient reads its weight straight from where it lies, as decoding wants it.
+
+Up to 16 rows that is the faster way (`MANY_FEW`), but it rounds differently, and what is recorded of a text should not
+depend on how many of its tokens came together: so only those who ask get it, the decode step and the unembedding.
+"""
+MANY_FEW = 16
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, few: int = FEW_ROWS) -> Tensor:
+    """See :func:`xmoe.kernels.reference.linear`; up to `few` rows without gradient go the way of decoding."""
+    dtype, rows = compute_dtype(x), x.numel() // max(x.shape[-1], 1)
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    if not trains and 0 < rows <= few and weight.dtype == dtype and weight.is_contiguous():
+        return _few_rows(x.to(dtype).contiguous(), weight, bias, rows)
+    return apply(_Linear, x, weight, bias, dtype)
+
+
+def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    """x [..., I] of a handful of rows times weight [N, I] of the same dtype, which streams past once; no gradient."""
+    if bias is not None:
+        bias = (bias if bias.dtype in (torch.bfloat16, torch.float32) else bias.float()).contiguous()
+    y = torch.empty(*x.shape[:-1], len(weight), dtype=x.dtype)
+    is_float = bias is not None and bias.dtype == torch.float32
+    run("few_rows", x.dtype, x, weight, bias, is_float, rows, x.shape[-1], len(weight), y)
+    return y

@@ -56,7 +56,8 @@ def test_in_fp32_the_same_experts_are_chosen(model, tokens):
         pruned = prune(model, plan)(tokens)
         for ids, a, b in zip(plan.kept, masked.routing, pruned.routing):
             assert torch.equal(a.indices, torch.tensor(ids)[b.indices])
-        torch.testing.assert_close(masked.logits, pruned.logits, rtol=0, atol=1e-5)
+        largest = float(pruned.logits.abs().max())
+        torch.testing.assert_close(masked.logits, pruned.logits, rtol=0, atol=1e-6 * largest)
 
 
 @torch.no_grad()

@@ -92,7 +92,12 @@ def test_loads_as_the_masked_model(checkpoint, tmp_path, tokens, layout):
 @pytest.mark.parametrize("kept", [4, 5, 8, 11, 2])
 @torch.no_grad()
 def test_stock_transformers_gives_the_logits_of_the_masked_source(checkpoint, tmp_path, layout, kept):
-    """Cut and loaded, against loaded and masked by -inf in the router's bias: both by stock transformers alone."""
+    """Cut and loaded, against loaded and masked by -inf in the router's bias: both by stock transformers alone.
+
+    bf16: every logit the same. fp32: the same experts, and logits within 1e-6 of the largest one. An absolute 1e-6 cannot
+    hold there: the largest logits are near 4, where neighbouring fp32 numbers are 4.8e-7 apart, so it would leave two units
+    in the last place for three layers whose router products run through another edge kernel at another count of experts.
+    """
     source = checkpoint(layout, num_experts=16, num_experts_per_tok=4)
     generator = torch.Generator().manual_seed(kept)
     ids = [sorted(torch.randperm(16, generator=generator)[:kept].tolist()) for _ in range(3)]
@@ -107,8 +112,6 @@ def test_stock_transformers_gives_the_logits_of_the_masked_source(checkpoint, tm
         assert type(small).__name__ == "GptOssForCausalLM"
         for layer, keep in zip(whole.model.layers, ids):
             layer.mlp.router.bias[[e for e in range(16) if e not in keep]] = float("-inf")
-        for model in (small, whole):  # logits of order one, so that 1e-6 is a few units in their last place
-            model.lm_head.weight.mul_(0.25)
         text = torch.randint(0, 70, (60, 9), generator=generator)
         untied = ~torch.stack([tied(z, k, kept).view(60, 9).any(-1) for z, _ in stock(whole, text)[1]]).any(0)
         assert int(untied.sum()) >= (50 if dtype == torch.bfloat16 else 60)
@@ -122,8 +125,10 @@ def test_stock_transformers_gives_the_logits_of_the_masked_source(checkpoint, tm
         if dtype == torch.bfloat16:
             assert torch.equal(found, expected)
         else:
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-        assert 0.5 < float(expected.float().abs().max()) < 2
+            largest = float(expected.abs().max())
+            assert 3 < largest < 5  # so that what is allowed is some units in the last place, and no more
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * min(largest, 4.0))
+            assert float((found - expected).norm()) < 4e-7 * float(expected.norm())
 
 
 def stock(model, text):

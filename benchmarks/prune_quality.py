@@ -41,6 +41,7 @@ CRITERIA = (
 KEEPS = (12, 8, 4)
 DRAWS = 8
 SEQ, BATCH = 128, 16
+AFTER = ", routers recovered"
 
 
 def rows_of(text: torch.Tensor, count: int, generator: torch.Generator, extra: int = 0) -> torch.Tensor:
@@ -95,7 +96,7 @@ def measure(text: torch.Tensor, held_out: torch.Tensor, seed: int, steps: int) -
     for (name, (criterion, options)), keep in itertools.product(again.items(), KEEPS):
         small = prune(model, plan_pruning(stats, criterion, keep, model=model, guard=False, **options))
         recover(small, model, fresh, train="routers", steps=200)
-        found[f"{name}, routers recovered {keep}"] = perplexity(mean_loss(small, test))
+        found[f"{name}{AFTER} {keep}"] = perplexity(mean_loss(small, test))
     return found
 
 
@@ -121,23 +122,26 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def table(found: dict[str, dict[str, float]]) -> str:
-    """Mean over seeds, and standard error, of each plan at each size."""
+    """Mean over seeds, and standard error, of each plan at each size, as cut and after its routers were recovered."""
     names = list(dict.fromkeys(k.rsplit(" ", 1)[0] for row in found.values() for k in row if k != "whole"))
+    names = [name for name in names if not name.endswith(AFTER)]
     whole = [row["whole"] for row in found.values()]
     lines = [
         f"perplexity of the whole model {sum(whole) / len(whole):.2f} ({len(whole)} seeds)",
         "",
-        "| kept of 16 | " + " | ".join(map(str, KEEPS)) + " |",
-        "|---|" + "---|" * len(KEEPS),
+        "| kept of 16 | " + " | ".join(f"{keep} | recovered" for keep in KEEPS) + " |",
+        "|---|" + "---|" * 2 * len(KEEPS),
     ]
     for name in names:
-        cells = []
-        for keep in KEEPS:
-            values = [row[f"{name} {keep}"] for row in found.values() if f"{name} {keep}" in row]
-            error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-            cells.append(f"{sum(values) / len(values):.2f} ± {error:.2f}" if values else "")
+        cells = [_cell(found, f"{name}{after} {keep}") for keep in KEEPS for after in ("", AFTER)]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _cell(found: dict[str, dict[str, float]], name: str) -> str:
+    values = [row[name] for row in found.values() if name in row]
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return f"{sum(values) / len(values):.2f} ± {error:.2f}" if values else ""
 
 
 if __name__ == "__main__":

@@ -478,11 +478,14 @@ def reduce_flags(p: argparse.ArgumentParser) -> None:
     """experts shrunk inside; a table of bytes and errors, stage by stage"""
     add_checkpoint(p)
     p.add_argument(
-        "--method", required=True, metavar="magnitude|neurons|low-rank|int8|int4|mxfp4[,...]", help="in this order"
+        "--method",
+        required=True,
+        metavar="magnitude|neurons|low-rank|int8|int4|mxfp4[,...]",
+        help="any sequence, done in this order",
     )
     p.add_argument("--fraction", type=float, metavar="F", help="of bytes, or of weights where no byte can move")
     p.add_argument(
-        "--experts", default="", metavar="L:E,...", help="touch only these; L:* is a layer (neurons: always all)"
+        "--experts", default="", metavar="L:E,...", help="touch only these; L:* is a layer (neurons takes all or none)"
     )
     p.add_argument(
         "--stats", metavar="STATS[,...]", help="recorded with --sample: what experts are fed, to score and fit"
@@ -556,7 +559,12 @@ def recover_flags(p: argparse.ArgumentParser) -> None:
     """quality won back by distilling the uncut model into routers, experts (packed ones too) or all"""
     add_checkpoint(p)
     p.add_argument("--teacher", required=True, metavar="DIR|NAME", help="the uncut model")
-    p.add_argument("--train", default="routers", metavar="routers|experts|all", help="(default: routers)")
+    p.add_argument(
+        "--train",
+        default="routers",
+        metavar="routers|experts|all",
+        help="(default: routers) packed experts are trained in fp32, 16 bytes a parameter, and packed again",
+    )
     p.add_argument("--steps", type=int, default=200, metavar="N", help="(default: 200)")
     p.add_argument("--lr", type=float, metavar="LR", help="peak learning rate")
     add_data(p, 200_000)

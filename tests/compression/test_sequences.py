@@ -6,10 +6,14 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from xmoe.compression.low_rank import Packing, factor_bytes
 from xmoe.compression.reduce import METHODS, reduce
 from xmoe.compression.routing import record_routing
 from xmoe.errors import ConfigError
+from xmoe.quantization.compound import pack_factors, rank_unit
 from xmoe.quantization.packed import PackedWeight, dense_matrix, leaves
 
 WEIGHTS = ("gate_up", "down")
@@ -166,6 +170,35 @@ def test_ranks_suit_the_groups_they_are_packed_in(random_model, config):
     small, stages = reduce(model, ["low-rank", "int8"], rank=(67, 20))
     assert small.blocks[0].moe.experts.gate_up.left.shape[2] == 67 and stages[1].detail == ""
     assert stages[1].bytes_after == 3 * (67 * (384 + 128) + 2 * (384 + 67) + 20 * (128 + 192) + 2 * (128 + 20))
+
+
+@torch.no_grad()
+def test_packed_weights_are_judged_by_their_packed_factors(random_model, config):
+    """MXFP4 to factors in MXFP4: not refused for what bfloat16 would take in between, and `fraction` means the end."""
+    model = random_model(config(hidden_size=128, intermediate_size=192, num_experts=3, num_hidden_layers=1))
+    packed, _ = reduce(model, ["mxfp4"])
+    with pytest.raises(ConfigError, match=r"in bfloat16 factors, .* in mxfp4; take at most 25"):
+        reduce(packed, ["low-rank"], rank=(64, 32))
+    small, stages = reduce(packed, ["low-rank", "mxfp4"], 0.3)
+    held = small.blocks[0].moe.experts
+    assert (held.gate_up.left.shape[2], held.down.left.shape[2]) == (64, 32)  # 67 and 53 would suit but for the groups
+    assert stages[1].bytes_after == sum(3 * r * (a + b) * 17 // 32 for r, a, b in ((64, 384, 128), (32, 128, 192)))
+    assert stages[1].bytes_after <= 0.7 * stages[0].bytes_before
+    assert "LARGER" in stages[0].line() and "LARGER" not in stages[1].line()
+    with pytest.raises(
+        ConfigError, match="saves nothing: 34,816 bytes an expert in mxfp4 factors, 26,112 in mxfp4; take at most 64"
+    ):
+        reduce(packed, ["low-rank", "mxfp4"], rank=(97, 64))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 70), st.sampled_from([("int8", 32), ("int4", 32), ("int4", 64), ("mxfp4", 32)]))
+def test_bytes_foreseen_are_the_bytes_packed(rank, packing):
+    weight = PackedWeight.encode(torch.zeros(2, 128, 192))
+    factors = PackedWeight("low-rank", {"left": torch.zeros(2, 128, rank), "right": torch.zeros(2, rank, 192)})
+    then = Packing(*packing, rank_unit(*packing))
+    assert factor_bytes(weight, rank, then) == pack_factors(factors, *packing).nbytes
+    assert factor_bytes(weight.decode(), rank, then) == factors.nbytes // 2 == factor_bytes(weight, rank)
 
 
 def test_refusals_name_the_reason(model):

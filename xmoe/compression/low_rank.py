@@ -5,13 +5,15 @@ of outputs, so directions in which inputs are small may go first. gate_up is fac
 interleaved as they are, so both share the inner factor; biases stay. See :mod:`xmoe.quantization.low_rank`.
 
 A weight in any other form is decoded for it, and judged by the bytes it takes in that form; one that is low-rank already
-is multiplied out and factored again.
+is multiplied out and factored again. Where packed weights are factored and the factors packed next, it is by those bytes
+that a rank is judged: factors in bfloat16 stand between the two only.
 """
 
 from __future__ import annotations
 
-import math
+import bisect
 from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ from xmoe.compression.layerwise import Batch
 from xmoe.errors import ConfigError
 from xmoe.model.experts import Experts
 from xmoe.model.transformer import Transformer
-from xmoe.quantization.compound import assemble
+from xmoe.quantization.compound import Stack, assemble
 from xmoe.quantization.low_rank import factor
 from xmoe.quantization.packed import PackedWeight, dense_matrix, form
 
@@ -32,45 +34,71 @@ Place = tuple[int, int]
 """(layer, expert)"""
 
 
-def factor_dtype(weight: Tensor | PackedWeight) -> torch.dtype:
+class Packing(NamedTuple):
+    """What factors will be packed in: the format, its group size, and what a rank must be a multiple of on the way there."""
+
+    format: str
+    group_size: int
+    unit: int
+
+
+def factor_dtype(weight: Stack) -> torch.dtype:
     """What factors of this weight are stored in: its own floating point type, bfloat16 where it is packed."""
     if isinstance(weight, Tensor):
         return weight.dtype
     return weight.left.dtype if weight.format == "low-rank" else torch.bfloat16
 
 
-def factor_bytes(weight: Tensor | PackedWeight, rank: int) -> int:
-    """Bytes of all factors of a stack [E, out, in] at this rank."""
+def factor_bytes(weight: Stack, rank: int, then: Packing | None = None) -> int:
+    """Bytes of all factors of a stack [E, out, in] at this rank.
+
+    then: of a packed weight, count them as they will be packed: like is to be compared with like.
+    """
     E, out, width = weight.shape
-    return E * rank * (out + width) * factor_dtype(weight).itemsize
+    if not _judged_packed(weight, then):
+        return E * rank * (out + width) * factor_dtype(weight).itemsize
+    held = -(-rank // then.unit) * then.unit
+    numbers = held * (out + width)
+    if then.format == "mxfp4":
+        return E * numbers * 17 // 32
+    if then.format == "int8":
+        return E * (numbers + 2 * (out + held))
+    return E * (numbers // 2 + 2 * numbers // then.group_size)
 
 
-def rank_for(weight: Tensor | PackedWeight, fraction: float, unit: int = 1) -> int:
+def _judged_packed(weight: Stack, then: Packing | None) -> bool:
+    return then is not None and isinstance(weight, PackedWeight) and weight.format != "low-rank"
+
+
+def rank_for(weight: Stack, fraction: float, then: Packing | None = None) -> int:
     """The largest rank that removes at least `fraction` of the bytes the stack takes now; 0 where none does.
 
-    unit: take a multiple of it where one is small enough, since the factors are to be packed in such groups afterwards.
+    then: take a multiple of its unit, where one is small enough.
     """
-    rank = min(math.floor((1 - fraction) * weight.nbytes / factor_bytes(weight, 1) + 1e-9), *weight.shape[1:])
-    return rank // unit * unit or rank
+    room = (1 - fraction) * weight.nbytes * (1 + 1e-12)
+    ranks = range(1, min(weight.shape[1:]) + 1)
+    rank = bisect.bisect_right(ranks, room, key=lambda r: factor_bytes(weight, r, then))
+    return rank if then is None else rank // then.unit * then.unit or rank
 
 
-def check_rank(weight: Tensor | PackedWeight, rank: int, where: str) -> None:
+def check_rank(weight: Stack, rank: int, where: str, then: Packing | None = None) -> None:
     """ConfigError unless factors of this rank exist and take fewer bytes than the stack does now."""
     E, out, width = weight.shape
-    most = min((weight.nbytes - 1) // factor_bytes(weight, 1), out, width)
+    ranks = range(1, min(out, width) + 1)
+    most = bisect.bisect_left(ranks, weight.nbytes, key=lambda r: factor_bytes(weight, r, then))
     held = form(weight)
-    kind = str(factor_dtype(weight)).removeprefix("torch.")
+    kind = then.format if _judged_packed(weight, then) else str(factor_dtype(weight)).removeprefix("torch.")
     if most < 1:
         raise ConfigError(f"{where} [{out}, {width}] in {held} is smaller than {kind} factors of any rank")
     if rank < 1:
         raise ConfigError(
             f"{where} [{out}, {width}] in {held}: that fraction leaves less than rank 1 in {kind}; take at most "
-            f"{1 - factor_bytes(weight, 1) / weight.nbytes:.3f}"
+            f"{1 - factor_bytes(weight, 1, then) / weight.nbytes:.3f}"
         )
     if rank > most:
         raise ConfigError(
-            f"rank {rank} of {where} [{out}, {width}] saves nothing: {factor_bytes(weight, rank) // E:,} bytes an expert "
-            f"in {kind} factors, {weight.nbytes // E:,} in {held}; take at most {most}"
+            f"rank {rank} of {where} [{out}, {width}] saves nothing: {factor_bytes(weight, rank, then) // E:,} bytes an "
+            f"expert in {kind} factors, {weight.nbytes // E:,} in {held}; take at most {most}"
         )
 
 
@@ -79,16 +107,16 @@ def choose_ranks(
     places: Collection[Place],
     fraction: float | None,
     rank: tuple[int, int] | None,
-    unit: int = 1,
+    then: Packing | None = None,
 ) -> dict[Place, tuple[int, int]]:
     """Ranks of gate_up and down of each expert to be factored, all of them checked before anything is computed."""
     chosen = {}
     for layer, e in sorted(places):
         experts = model.blocks[layer].moe.experts
         weights = [one(getattr(experts, name), e) for name in WEIGHTS]
-        chosen[layer, e] = rank or tuple(rank_for(w, fraction, unit) for w in weights)
+        chosen[layer, e] = rank or tuple(rank_for(w, fraction, then) for w in weights)
         for name, weight, r in zip(WEIGHTS, weights, chosen[layer, e]):
-            check_rank(weight, r, f"{name} of layer {layer}")
+            check_rank(weight, r, f"{name} of layer {layer}", then)
     return chosen
 
 
@@ -135,7 +163,7 @@ def factor_experts(
     return said + f", fitted to {tokens:,} tokens" + (f", too few for {short} of {len(ranks)} experts" if short else "")
 
 
-def _factors(weight: Tensor | PackedWeight, rank: int, moment: Tensor | None) -> PackedWeight:
+def _factors(weight: Stack, rank: int, moment: Tensor | None) -> PackedWeight:
     """Factors of a stack of one, as a stack of one."""
     matrix = dense_matrix(weight, 0)
     where = matrix.device
@@ -145,12 +173,12 @@ def _factors(weight: Tensor | PackedWeight, rank: int, moment: Tensor | None) ->
     return PackedWeight("low-rank", {n: f.to(dtype).to(where).unsqueeze(0) for n, f in factors.items()})
 
 
-def one(weight: Tensor | PackedWeight, e: int) -> Tensor | PackedWeight:
+def one(weight: Stack, e: int) -> Stack:
     """Expert e of a stack as a stack of one, in the form that it has."""
     return weight.expert(e) if isinstance(weight, PackedWeight) else weight[e : e + 1].detach()
 
 
-def replace_experts(experts: Experts, made: Mapping[int, Sequence[Tensor | PackedWeight]]) -> None:
+def replace_experts(experts: Experts, made: Mapping[int, Sequence[Stack]]) -> None:
     """Put new gate_up and down, stacks of one, in the place of the experts in `made`; the others keep their bytes.
 
     Where experts then differ in form, both weights become mixed ones.

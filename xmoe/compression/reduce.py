@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import math
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from xmoe.compression.identity import model_hash
 from xmoe.compression.layerwise import as_batches
-from xmoe.compression.low_rank import Place, choose_ranks, factor_experts, one, replace_experts
+from xmoe.compression.low_rank import Packing, Place, choose_ranks, factor_experts, one, replace_experts
 from xmoe.compression.magnitude import SCOPES, SCORES, input_norms, prune_magnitude
 from xmoe.compression.neurons import cut_neurons, neurons_to_keep
 from xmoe.compression.reconstruction import expert_output
@@ -121,11 +120,11 @@ def reduce(
     scope = scope or ("tensor" if score == "magnitude" else "row")
     _check(methods, fraction, scope, score, pattern, rank)
     chosen = _chosen(methods, experts, model)
-    units = [_unit_after(methods[i:], group_size) for i in range(len(methods))]
+    packings = [_packing_after(methods[i:], group_size) for i in range(len(methods))]
     if stats is not None and stats.model and stats.model != model_hash(model):
         raise DataError(f"the statistics are of model {stats.model}, this is model {model_hash(model)}")
     if methods[:1] == ["low-rank"]:
-        choose_ranks(model, chosen, fraction, rank, units[0])  # says no before any text is read
+        choose_ranks(model, chosen, fraction, rank, packings[0])  # says no before any text is read
     sample = None if stats is None else stats.sample
     text = None if batches is None else list(as_batches(batches, model.device))
     if (whiten or score != "magnitude") and sample is None and text is None:
@@ -137,7 +136,7 @@ def reduce(
     for at, method in enumerate(methods):
         before, detail = small, ""
         small = (
-            cut_neurons(before, neurons_to_keep(before, fraction, units[at]), sample)
+            cut_neurons(before, neurons_to_keep(before, fraction, packings[at].unit if packings[at] else 1), sample)
             if method == "neurons"
             else copy.deepcopy(before)
         )
@@ -146,7 +145,7 @@ def reduce(
             prune_magnitude(small, fraction, scope, pattern, experts, norms)
             detail = f"{score}, by {scope}" if pattern is None else f"{score}, {pattern[0]}:{pattern[1]}"
         elif method == "low-rank":
-            ranks = choose_ranks(small, chosen, fraction, rank, units[at])
+            ranks = choose_ranks(small, chosen, fraction, rank, packings[at])
             fed = {"sample": None if text else sample, "batches": text} if whiten else {}
             detail = factor_experts(small, ranks, **fed)
             detail += "; the zeros before it did not survive" if "magnitude" in methods[:at] else ""
@@ -191,14 +190,15 @@ def _check(methods, fraction, scope, score, pattern, rank) -> None:
         raise ConfigError(f"pattern {pattern[0]}:{pattern[1]}: expected N:M with 0 < N < M, such as 2:4")
 
 
-def _unit_after(methods: Sequence[str], group_size: int) -> int:
-    """What the first of `methods` must make a size a multiple of, that the formats after it divide it into whole groups.
+def _packing_after(methods: Sequence[str], group_size: int) -> Packing | None:
+    """The packing that what the first of `methods` makes will meet with, before the same method comes again.
 
-    Only those before the same method comes again, which sets the size anew.
+    Sizes then suit its groups, and no byte goes into filling them up.
     """
     first, *later = methods
     later = later[: later.index(first)] if first in later else later
-    return math.lcm(*(rank_unit(m, group_size) for m in later))
+    formats = [m for m in later if m in QUANTIZED]
+    return Packing(formats[-1], group_size, max(rank_unit(m, group_size) for m in formats)) if formats else None
 
 
 def _chosen(methods: Sequence[str], experts: Sequence[Place] | None, model: Transformer) -> Collection[Place]:

@@ -2,9 +2,11 @@
 
 A random checkpoint of a few layers and a small vocabulary is written to a temporary folder (deleted afterwards) and read
 by each engine in a process of its own: a prompt of --prompt tokens at once, then --tokens one at a time behind a prompt
-of 16. Engines take turns, --rounds times, and medians over all rounds are told, since other work on the machine slows
-single runs. llama.cpp reads the same weights from a GGUF file that its own converter (--converter) makes of the
-checkpoint. Peers run in --peer-python; what that interpreter cannot import is left out and named.
+of 16. The first pass over a prompt does not count there: engines differ in what they do when they load and what at first
+use, so the time to the first token behind the prompt of 16, loading included, is told beside it. Engines take turns,
+--rounds times, and medians over all rounds are told, since other work on the machine slows single runs. llama.cpp reads
+the same weights from a GGUF file that its own converter (--converter) makes of the checkpoint. Peers run in
+--peer-python; what that interpreter cannot import is left out and named.
 
     pip install llama-cpp-python mlx[cpu] mlx-lm        # the peers, compiled here where there is no wheel
 """
@@ -142,7 +144,8 @@ def summaries(runs: dict[str, list[dict]]) -> list[dict]:
             answer[f"{what}_tokens_per_second"] = count / statistics.median(seconds)
             of_rounds = [count / statistics.median(r[f"{what}_seconds"]) for r in its]
             answer[f"{what}_tokens_per_second_of_rounds"] = of_rounds
-        answer["load_seconds"] = min(r["load_seconds"] for r in its)
+        for what in ("load_seconds", "first_token_seconds"):
+            answer[what] = min(r[what] for r in its)
         answer["peak_bytes"] = max(r["peak_bytes"] for r in its)
         if first is None:
             first, logits = answer, its[0]["logits"]
@@ -169,8 +172,8 @@ def table(result: dict) -> str:
     lines = [
         f"{result['layers']} layers, width {result['hidden_size']}, vocabulary {result['vocab_size']}, "
         f"{result['bytes'] / 1e9:.2f} GB; {result['machine']['threads']} threads, {result['rounds']} rounds",
-        f"{'tokens/s':<24}{'decode':>9}{first + ' is':>10}{'prefill':>10}{first + ' is':>10}{'load s':>9}{'peak GB':>9}"
-        f"{'logits differ':>15}",
+        f"{'tokens/s':<24}{'decode':>9}{first + ' is':>10}{'prefill':>10}{first + ' is':>10}{'load s':>9}"
+        f"{'first token s':>15}{'peak GB':>9}{'logits differ':>15}",
     ]
     for r in result["readings"]:
         if "path" not in r:
@@ -182,7 +185,9 @@ def table(result: dict) -> str:
             ratio = f"{r[f'{what}_ratio']:.2f}x" if f"{what}_ratio" in r else ""
             cells.append(f"{r[f'{what}_tokens_per_second']:>{9 if what == 'decode' else 10}.1f}{ratio:>10}")
         differ = f"{100 * r['logits_distance']:.1f} %" if "logits_distance" in r else ""
-        cells.append(f"{r['load_seconds']:>9.2f}{r['peak_bytes'] / 1e9:>9.2f}{differ:>15}")
+        cells.append(
+            f"{r['load_seconds']:>9.2f}{r['first_token_seconds']:>15.2f}{r['peak_bytes'] / 1e9:>9.2f}{differ:>15}"
+        )
         if r["prefill_tokens"] != result["prompt"]:
             cells.append(f"   prefill of {r['prefill_tokens']} only")
         lines.append("".join(cells))

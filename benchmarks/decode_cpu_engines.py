@@ -180,7 +180,8 @@ DISTRIBUTIONS = {name: name.split()[0] for name in ENGINES} | {"llama.cpp": "lla
 def measure(engine, ids: list[int], tokens: int, seconds: float) -> dict:
     """Seconds of two prefills of `ids` and of up to `tokens` single tokens, about `seconds` of decoding at most.
 
-    Where the whole prompt would take too long, the reading is that of the short one, and `prefill_tokens` says so.
+    Where the whole prompt would take too long, the reading is that of the short one, and `prefill_tokens` says so. The
+    first pass over either prompt is not among `prefill_seconds`; that over the short one is `first_prompt_seconds`.
     `logits` are those behind the short prompt, to compare engines by.
     """
 
@@ -191,8 +192,8 @@ def measure(engine, ids: list[int], tokens: int, seconds: float) -> dict:
         return time.perf_counter() - start
 
     short = ids[:SHORT]
-    prefill(short)  # the first reading pays for pages and caches
-    answer = {"logits": engine.logits()}
+    answer = {"first_prompt_seconds": prefill(short)}  # pays for pages, caches, and experts decoded when first used
+    answer["logits"] = engine.logits()
     spent = prefill(short)
     if spent / len(short) * len(ids) > 2 * seconds:
         answer |= {"prefill_tokens": len(short), "prefill_seconds": [spent]}
@@ -208,15 +209,16 @@ def measure(engine, ids: list[int], tokens: int, seconds: float) -> dict:
 
 
 def convert(folder: Path, converter: str, gguf: str) -> None:
-    """llama.cpp's own convert_hf_to_gguf.py on a checkpoint without tokenizer, whose vocabulary stays a mere count."""
+    """llama.cpp's own convert_hf_to_gguf.py, as it is; without a tokenizer in the folder the vocabulary stays a mere count."""
     sys.path.insert(0, str(Path(converter).resolve().parent))
-    from conversion.gpt_oss import GptOssModel  # a package beside the converter
+    if not (folder / "tokenizer.json").is_file():
+        from conversion.gpt_oss import GptOssModel  # a package beside the converter
 
-    def count_only(model) -> None:
-        model.gguf_writer.add_tokenizer_model("none")
-        model.gguf_writer.add_vocab_size(model.hparams["vocab_size"])
+        def count_only(model) -> None:
+            model.gguf_writer.add_tokenizer_model("none")
+            model.gguf_writer.add_vocab_size(model.hparams["vocab_size"])
 
-    GptOssModel.set_vocab = count_only
+        GptOssModel.set_vocab = count_only
     sys.argv = [converter, str(folder), "--outfile", gguf, "--outtype", "bf16"]
     with contextlib.redirect_stdout(sys.stderr):
         runpy.run_path(converter, run_name="__main__")
@@ -249,6 +251,7 @@ def main() -> int:
     ids = [draw.randrange(options["vocab_size"]) for _ in range(options["prompt"])]
     answer = measure(engine, ids, options["tokens"], options["seconds"])
     answer |= {"path": engine.path, "load_seconds": loaded, "peak_bytes": peak_bytes()}
+    answer["first_token_seconds"] = loaded + answer.pop("first_prompt_seconds")
     print(json.dumps(answer | {"version": importlib.metadata.version(DISTRIBUTIONS[name])}))
     sys.stdout.flush()
     os._exit(0)  # tearing gigabytes down is nobody's interest

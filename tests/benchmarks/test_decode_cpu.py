@@ -53,7 +53,7 @@ class Counting:
 def run(engine: str, decode: list[float], prefill: list[float], logits: list[float]) -> dict:
     return {
         "version": "1", "path": engine, "prefill_tokens": 8, "decode_seconds": decode, "prefill_seconds": prefill,
-        "load_seconds": 1.0, "peak_bytes": 10**9, "logits": logits,
+        "load_seconds": 1.0, "first_token_seconds": 2.5, "peak_bytes": 10**9, "logits": logits,
     }  # fmt: skip
 
 
@@ -62,6 +62,7 @@ def test_a_quick_engine_reads_the_prompt_and_decodes_what_it_says(engines):
     answer = engines.measure(engine, ids, tokens=5, seconds=1e3)
     assert answer["prefill_tokens"] == 40 and len(answer["prefill_seconds"]) == 2 and len(answer["decode_seconds"]) == 5
     assert answer["logits"] == [16.0], "engines are compared behind the short prompt"
+    assert answer["first_prompt_seconds"] > 0 and list(map(len, engine.fed[:5])) == [16, 16, 40, 40, 40]
     single = [f[0] for f in engine.fed if len(f) == 1]
     assert single == [0, *range(17, 16 + engines.WARM + 5)], "each token is the one the engine chose"
 
@@ -120,9 +121,38 @@ def test_it_runs_ours_and_names_what_is_not_there(random_model, tmp_path):
     result = json.loads((tmp_path / "out.json").read_text())
     ours, huge, portable, llama = result["readings"]
     assert result["layers"] == 2 and result["vocab_size"] == 75 and result["date"] and ours["version"]
+    assert all(r["first_token_seconds"] > r["load_seconds"] > 0 for r in (ours, huge, portable))
     assert huge["logits_distance"] == 0.0 and portable["logits_distance"] < 0.05
     assert llama == {"engine": "llama.cpp", "left_out": "no GGUF file: give --converter or --gguf"}
     assert "left out: no GGUF file" in done.stdout
+
+
+@pytest.mark.parametrize("tokenizer", [True, False])
+def test_the_converter_runs_as_it_is_where_there_is_a_tokenizer(engines, tmp_path, tokenizer):
+    """A stand-in with llama.cpp's file names: `set_vocab` is replaced only where there is no vocabulary to read."""
+    llama, folder = tmp_path / "llama", tmp_path / "model"
+    (llama / "conversion").mkdir(parents=True)
+    folder.mkdir()
+    (llama / "conversion" / "__init__.py").touch()
+    (llama / "conversion" / "gpt_oss.py").write_text(
+        "class Writer:\n    def __init__(self): self.said = []\n"
+        "    def __getattr__(self, name): return lambda value: self.said.append([name, value])\n"
+        "class GptOssModel:\n    gguf_writer, hparams = Writer(), {'vocab_size': 75}\n"
+        "    def set_vocab(self): self.gguf_writer.said.append('read')\n"
+    )
+    (llama / "convert_hf_to_gguf.py").write_text(
+        "import sys, json\nfrom conversion.gpt_oss import GptOssModel\nmodel = GptOssModel()\nmodel.set_vocab()\n"
+        "open(sys.argv[3], 'w').write(json.dumps([sys.argv[1:], model.gguf_writer.said]))\n"
+    )
+    if tokenizer:
+        (folder / "tokenizer.json").write_text("{}")
+    options = {"converter": str(llama / "convert_hf_to_gguf.py"), "gguf": str(tmp_path / "out.gguf")}
+    command = [sys.executable, engines.__file__, "convert", str(folder), json.dumps(options)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    given, said = json.loads((tmp_path / "out.gguf").read_text())
+    assert given == [str(folder), "--outfile", options["gguf"], "--outtype", "bf16"]
+    assert said == (["read"] if tokenizer else [["add_tokenizer_model", "none"], ["add_vocab_size", 75]])
 
 
 def test_an_absent_interpreter_is_a_failure_that_is_told(bench, tmp_path):

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken
 
 from xmoe.checkpoint.opened import Checkpoint
 from xmoe.checkpoint.weights import convert, load, load_ends, save, stream_layers
@@ -210,6 +211,22 @@ def test_a_trained_variant_exports_with_its_stop_token(random_model, tmp_path):
     assert json.loads((tmp_path / "h/config.json").read_text())["eos_token_id"] == tokenizer.eos_id
     assert json.loads((tmp_path / "h/generation_config.json").read_text())["eos_token_id"] == tokenizer.eos_id
     assert json.loads((tmp_path / "h/tokenizer_config.json").read_text())["eos_token"]
+
+
+def test_a_harmony_vocabulary_is_exported_with_the_tokens_of_the_published_one(random_model, tmp_path):
+    """What readers take from tokenizer_config.json: an answer ends with <|return|>, and decoding gives back the text."""
+    from transformers import AutoTokenizer
+
+    tokenizer = Tokenizer.of_bytes()
+    names = ["<|startoftext|>", "<|endoftext|>", "<|return|>", "<|start|>", "<|end|>"]
+    tokenizer.backend.add_special_tokens([AddedToken(name, special=True) for name in names])
+    tokenizer = Tokenizer(tokenizer.backend)
+    save(random_model(preset("tiny")), tmp_path / "h", layout="hf-mxfp4", tokenizer=tokenizer)
+    read = AutoTokenizer.from_pretrained(tmp_path / "h")
+    assert (read.bos_token, read.eos_token, read.pad_token) == ("<|startoftext|>", "<|return|>", "<|endoftext|>")
+    text = "Isn ' t it ?  no , I ' m ."
+    ids = read.encode(text, add_special_tokens=False)
+    assert ids == tokenizer.encode(text) and read.decode(ids) == text
 
 
 # ------------------------------------------------------------------------------------------------------ bad input

@@ -16,6 +16,9 @@ _KEPT = (
     "merges.txt", "*.tiktoken", "chat_template.jinja", "chat_template.json", "LICENSE*", "USAGE_POLICY*",
 )  # fmt: skip
 
+# As published: a turn ends with <|return|>, where the tokenizer by itself separates documents with <|endoftext|>.
+_HARMONY = {"bos_token": "<|startoftext|>", "eos_token": "<|return|>", "pad_token": "<|endoftext|>"}
+
 
 def keep(source: Path, folder: Path) -> None:
     """Copy what stands beside the weights in `source` into `folder`."""
@@ -70,9 +73,14 @@ def token_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
 
 def write_tokenizer_config(folder: Path, tokenizer: Tokenizer, longest: int) -> None:
     """The tokenizer_config.json without which transformers does not know what to make of a tokenizer.json."""
-    content: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": longest}
+    content: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,  # what is decoded is what was encoded
+        "model_max_length": longest,
+    }
     names = {id: name for name, id in tokenizer.special_ids.items()}
-    for key, id in (("eos_token", tokenizer.eos_id), ("pad_token", tokenizer.pad_id)):
-        if id in names:
-            content[key] = names[id]
+    roles = {"bos_token": None, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
+    if all(tokenizer.special(name) is not None for name in _HARMONY.values()):
+        roles = {role: tokenizer.special(name) for role, name in _HARMONY.items()}
+    content |= {role: names[id] for role, id in roles.items() if id in names}
     (folder / "tokenizer_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

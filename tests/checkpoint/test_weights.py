@@ -116,6 +116,8 @@ def test_save_writes_what_load_reads(random_model, tmp_path):
     same_bytes(state(model), state(again))
     assert torch.equal(again.blocks[1].moe.router.selection_bias, model.blocks[1].moe.router.selection_bias)
     assert again.blocks[0].moe.router.selection_bias is None
+    convert(tmp_path / "m", tmp_path / "converted", "native")
+    same_bytes(everything(tmp_path / "m"), everything(tmp_path / "converted"))
     tokens = torch.arange(40).view(1, 40)
     assert torch.equal(model(tokens).logits, again(tokens).logits)
     with pytest.raises(ConfigError, match="balancing bias"):

@@ -93,7 +93,9 @@ class Checkpoint:
 
     def weight(self, name: str) -> Tensor | PackedWeight:
         """The native tensor `name` on the CPU, dtype and packing as stored: a view of the mapped file where it can be."""
-        if name in self.forms:
+        if name not in self.rules:  # a balancing bias, which native has beside its rules
+            value: Tensor | PackedWeight = self.reader.tensor(name)
+        elif name in self.forms:
             value = forms.read_weight(self.reader, self.forms[name])
         else:
             rule = self.rules[name]

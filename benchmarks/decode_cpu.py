@@ -4,9 +4,11 @@ A random checkpoint of a few layers and a small vocabulary is written to a tempo
 by each engine in a process of its own: a prompt of --prompt tokens at once, then --tokens one at a time behind a prompt
 of 16. The first pass over a prompt does not count there: engines differ in what they do when they load and what at first
 use, so the time to the first token behind the prompt of 16, loading included, is told beside it. Engines take turns,
---rounds times, and medians over all rounds are told, since other work on the machine slows single runs. llama.cpp reads
-the same weights from a GGUF file that its own converter (--converter) makes of the checkpoint. Peers run in
---peer-python; what that interpreter cannot import is left out and named.
+--rounds times, and medians over all rounds are told, since other work on the machine slows single runs. With --turns all
+engines stay loaded and decode in turn, a fraction of a second each: the fair comparison where the machine's own speed
+changes from second to second, if they fit in memory together. llama.cpp reads the same weights from a GGUF file that its
+own converter (--converter) makes of the checkpoint. Peers run in --peer-python; what that interpreter cannot import is left
+out and named.
 
     pip install llama-cpp-python mlx[cpu] mlx-lm        # the peers, compiled here where there is no wheel
 """
@@ -26,15 +28,18 @@ from pathlib import Path
 
 from decode_cpu_engines import DISTRIBUTIONS, ENGINES
 from load import write_checkpoint
+from tqdm import tqdm
 
 from xmoe import command
 from xmoe.errors import ConfigError
 from xmoe.outputs import new_file
 
 EXAMPLE = (
-    "python benchmarks/decode_cpu.py --rounds 3 --peer-python PEERS/bin/python --converter LLAMA/convert_hf_to_gguf.py"
+    "python benchmarks/decode_cpu.py --turns 40 --tokens 16 --peer-python PEERS/bin/python --converter LLAMA/convert.py"
 )
 CHILD = Path(__file__).with_name("decode_cpu_engines.py")
+PREFILLS = 4
+"""How often the long prompt is read where engines take turns."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--threads", type=int, default=os.cpu_count(), metavar="N", help="of every engine (default: all)")
     p.add_argument("--seconds", type=float, default=20.0, help="most time of a run's decoding (default: 20)")
     p.add_argument("--rounds", type=int, default=1, metavar="N", help="turns of every engine (default: 1)")
+    p.add_argument("--turns", type=int, default=0, metavar="N", help="load all engines at once and decode in N turns")
     p.add_argument("--folder", metavar="DIR", help="where the temporary files go (default: the system's choice)")
     p.add_argument("--output", metavar="FILE.json", help="where the readings go")
     p.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
@@ -60,8 +66,15 @@ def main(argv: list[str] | None = None) -> int:
     engines = args.engines.split(",")
     if unknown := [e for e in engines if e not in ENGINES]:
         raise ConfigError(f"unknown engine {unknown[0]!r}; expected some of {', '.join(ENGINES)}")
-    if not 1 <= args.layers <= 24 or args.vocab_size < 32 or min(args.prompt, args.tokens, args.rounds) < 1:
+    if (
+        not 1 <= args.layers <= 24
+        or args.vocab_size < 32
+        or min(args.prompt, args.tokens, args.rounds) < 1
+        or args.turns < 0
+    ):
         raise ConfigError("expected 1 to 24 --layers, a --vocab-size of 32 or more, and positive counts")
+    if args.turns and args.rounds > 1:
+        raise ConfigError("--turns and --rounds are two ways of taking turns; give one of them")
     if args.gguf and (args.converter or not args.checkpoint):
         raise ConfigError("--gguf needs the --checkpoint whose weights it holds, and no --converter")
     with tempfile.TemporaryDirectory(prefix="xmoe-decode-", dir=args.folder) as room:
@@ -69,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         if not args.checkpoint:
             write_checkpoint(folder, args.layers, args.vocab_size)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        options = {n: getattr(args, n) for n in ("prompt", "tokens", "threads", "seconds", "gguf")}
+        options = {n: getattr(args, n) for n in ("prompt", "tokens", "threads", "seconds", "gguf", "turns")}
         options |= {"vocab_size": config["vocab_size"], "context": args.prompt + args.tokens + 32}
         absent = {}
         if "llama.cpp" in engines and not args.gguf:
@@ -80,11 +93,14 @@ def main(argv: list[str] | None = None) -> int:
                 made = {"converter": args.converter, "gguf": options["gguf"]}
                 if failed := _child(args.peer_python, "convert", folder, made).get("failed"):
                     absent["llama.cpp"] = {"failed": f"the converter: {failed}"}
-        runs = {e: [] for e in engines}
-        for _ in range(args.rounds):
-            for e in engines:
-                if e not in absent:
-                    runs[e].append(_child(_interpreter(e, args.peer_python), e, folder, options))
+        present = {e: _interpreter(e, args.peer_python) for e in engines if e not in absent}
+        if args.turns:
+            runs = _in_turns(present, folder, options)
+        else:
+            runs = {e: [] for e in present}
+            for _ in range(args.rounds):
+                for e, python in present.items():
+                    runs[e].append(_child(python, e, folder, options))
         nbytes = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     result = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -95,6 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         "bytes": nbytes,
         "prompt": args.prompt,
         "rounds": args.rounds,
+        "turns": args.turns,
         "readings": summaries({e: [absent[e]] if e in absent else runs[e] for e in engines}),
     }
     print(json.dumps(result) if args.json else table(result))
@@ -111,20 +128,79 @@ def _interpreter(engine: str, peer_python: str) -> str:
 def _child(python: str, engine: str, folder: Path, options: dict) -> dict:
     """The JSON object that the child prints; {"failed": why} where it ends otherwise."""
     try:
-        child = subprocess.run(
-            [python, str(CHILD), engine, str(folder), json.dumps(options)],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-            env=os.environ | {"OMP_NUM_THREADS": str(options.get("threads", os.cpu_count()))},
-        )
+        child = _start(python, engine, folder, options)
+        printed, errors = child.communicate()
     except OSError as error:
         return {"failed": f"{python} does not run: {error.strerror}"}
     if child.returncode:
-        last = (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
-        return {"failed": last[:300]}
-    return json.loads(child.stdout.splitlines()[-1]) if child.stdout.strip() else {}
+        return {"failed": _last_line(errors, child.returncode)}
+    return json.loads(printed.splitlines()[-1]) if printed.strip() else {}
+
+
+def _start(python: str, engine: str, folder: Path, options: dict) -> subprocess.Popen:
+    return subprocess.Popen(
+        [python, str(CHILD), engine, str(folder), json.dumps(options)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env=os.environ | {"OMP_NUM_THREADS": str(options.get("threads", os.cpu_count()))},
+    )
+
+
+def _last_line(errors: str, code: int) -> str:
+    return (errors.strip().splitlines() or [f"exit code {code}"])[-1][:300]
+
+
+def _in_turns(present: dict[str, str], folder: Path, options: dict) -> dict[str, list[dict]]:
+    """Engine -> a run for every turn, all engines loaded one after the other first; each run has its own decoding.
+
+    Prompts are read by turns too, a few times in all; a run takes the readings of the last time.
+    """
+    children, opened, runs = {}, {}, {}
+    try:
+        for e, python in present.items():
+            try:
+                child = _start(python, e, folder, options)
+            except OSError as error:
+                runs[e] = [{"failed": f"{python} does not run: {error.strerror}"}]
+                continue
+            children[e] = child
+            if (first := _answer(child)) is None:
+                runs[e] = [{"failed": _last_line(child.stderr.read(), child.wait())}]
+            elif "left_out" in first:
+                runs[e] = [first]
+            else:
+                opened[e], runs[e] = first, []
+        for turn in tqdm(range(options["turns"]), desc="turns", disable=None):
+            if turn % (-(-options["turns"] // PREFILLS)) == 0:
+                for e, first in opened.items():
+                    if first["prefill_tokens"] == options["prompt"]:
+                        first["prefill_seconds"] = _answer(children[e], "prefill") or first["prefill_seconds"]
+            for e, first in opened.items():
+                if (seconds := _answer(children[e], "decode")) is None:
+                    runs[e] = [{"failed": _last_line(children[e].stderr.read(), children[e].wait())}]
+                else:
+                    runs[e].append(first | {"decode_seconds": seconds})
+            opened = {e: first for e, first in opened.items() if "failed" not in runs[e][0]}
+    finally:
+        for child in children.values():
+            child.kill()
+            child.communicate()
+    return runs
+
+
+def _answer(child: subprocess.Popen, ask: str = "") -> dict | list | None:
+    """What the child prints next, once asked; None where it has ended."""
+    try:
+        if ask:
+            child.stdin.write(ask + "\n")
+            child.stdin.flush()
+    except OSError:
+        return None
+    line = child.stdout.readline()
+    return json.loads(line) if line.strip() else None
 
 
 def summaries(runs: dict[str, list[dict]]) -> list[dict]:
@@ -171,7 +247,8 @@ def table(result: dict) -> str:
     first = next((r["engine"] for r in result["readings"] if "path" in r), "")
     lines = [
         f"{result['layers']} layers, width {result['hidden_size']}, vocabulary {result['vocab_size']}, "
-        f"{result['bytes'] / 1e9:.2f} GB; {result['machine']['threads']} threads, {result['rounds']} rounds",
+        f"{result['bytes'] / 1e9:.2f} GB; {result['machine']['threads']} threads, "
+        + (f"{result['turns']} turns" if result.get("turns") else f"{result['rounds']} rounds"),
         f"{'tokens/s':<24}{'decode':>9}{first + ' is':>10}{'prefill':>10}{first + ' is':>10}{'load s':>9}"
         f"{'first token s':>15}{'peak GB':>9}{'logits differ':>15}",
     ]

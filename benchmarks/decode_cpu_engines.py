@@ -1,7 +1,8 @@
 """The engines that decode_cpu.py compares, one a process: each loads, reads a prompt at once, then a token at a time.
 
 Imports nothing but the standard library and what the engine needs, so that a peer may run in another interpreter, where
-xmoe is not installed. Prints one JSON object on the last line of its standard output.
+xmoe is not installed. Prints one JSON object on the last line of its standard output; with "turns" it stays, and answers
+each line of its standard input, "decode" or "prefill", with the seconds that took.
 
     python benchmarks/decode_cpu_engines.py ENGINE FOLDER '{"prompt": 512, "tokens": 32, ...}'
     python benchmarks/decode_cpu_engines.py convert FOLDER '{"converter": "convert_hf_to_gguf.py", "gguf": "out.gguf"}'
@@ -185,27 +186,37 @@ def measure(engine, ids: list[int], tokens: int, seconds: float) -> dict:
     `logits` are those behind the short prompt, to compare engines by.
     """
 
-    def prefill(prompt: list[int]) -> float:
-        engine.reset()
-        start = time.perf_counter()
-        engine.feed(prompt)
-        return time.perf_counter() - start
-
     short = ids[:SHORT]
-    answer = {"first_prompt_seconds": prefill(short)}  # pays for pages, caches, and experts decoded when first used
+    answer = {
+        "first_prompt_seconds": read(engine, short)
+    }  # pays for pages, caches, and experts decoded when first used
     answer["logits"] = engine.logits()
-    spent = prefill(short)
+    spent = read(engine, short)
     if spent / len(short) * len(ids) > 2 * seconds:
         answer |= {"prefill_tokens": len(short), "prefill_seconds": [spent]}
     else:
-        answer |= {"prefill_tokens": len(ids), "prefill_seconds": [prefill(ids) for _ in range(3)][1:]}
-        prefill(short)
-    token, decoding, stop = ids[0], [], time.perf_counter() + seconds
-    while len(decoding) < WARM + 2 or (len(decoding) < WARM + tokens and time.perf_counter() < stop):
+        answer |= {"prefill_tokens": len(ids), "prefill_seconds": [read(engine, ids) for _ in range(3)][1:]}
+    return answer | {"decode_seconds": decode(engine, ids, tokens, seconds)}
+
+
+def read(engine, prompt: list[int]) -> float:
+    """Seconds of one pass over a prompt, from nothing."""
+    engine.reset()
+    start = time.perf_counter()
+    engine.feed(prompt)
+    return time.perf_counter() - start
+
+
+def decode(engine, ids: list[int], tokens: int, seconds: float) -> list[float]:
+    """Seconds of each of up to `tokens` single tokens behind the short prompt, two at least, a few before them uncounted."""
+    engine.reset()
+    engine.feed(ids[:SHORT])
+    token, spent, stop = ids[0], [], time.perf_counter() + seconds
+    while len(spent) < WARM + 2 or (len(spent) < WARM + tokens and time.perf_counter() < stop):
         start = time.perf_counter()
         token = engine.feed([token])
-        decoding.append(time.perf_counter() - start)
-    return answer | {"decode_seconds": decoding[WARM:]}
+        spent.append(time.perf_counter() - start)
+    return spent[WARM:]
 
 
 def convert(folder: Path, converter: str, gguf: str) -> None:
@@ -252,8 +263,11 @@ def main() -> int:
     answer = measure(engine, ids, options["tokens"], options["seconds"])
     answer |= {"path": engine.path, "load_seconds": loaded, "peak_bytes": peak_bytes()}
     answer["first_token_seconds"] = loaded + answer.pop("first_prompt_seconds")
-    print(json.dumps(answer | {"version": importlib.metadata.version(DISTRIBUTIONS[name])}))
-    sys.stdout.flush()
+    print(json.dumps(answer | {"version": importlib.metadata.version(DISTRIBUTIONS[name])}), flush=True)
+    for line in sys.stdin if options.get("turns") else ():  # "decode" or "prefill", whenever it is this engine's turn
+        seconds = options["seconds"]
+        turn = decode(engine, ids, options["tokens"], seconds) if line.strip() == "decode" else [read(engine, ids)]
+        print(json.dumps(turn), flush=True)
     os._exit(0)  # tearing gigabytes down is nobody's interest
 
 

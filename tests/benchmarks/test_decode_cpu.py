@@ -127,6 +127,49 @@ def test_it_runs_ours_and_names_what_is_not_there(random_model, tmp_path):
     assert "left out: no GGUF file" in done.stdout
 
 
+def test_engines_that_take_turns_stay_loaded(random_model, tmp_path):
+    """Two of ours, three turns: a run for every turn, prompts read in between, and ratios of the turns."""
+    save(random_model(TINY), tmp_path / "checkpoint", layout="hf-mxfp4")
+    command = [
+        sys.executable,
+        str(FILE),
+        "--checkpoint",
+        str(tmp_path / "checkpoint"),
+        "--prompt",
+        "20",
+        "--tokens",
+        "3",
+    ]
+    command += ["--engines", "xmoe,xmoe huge pages,llama.cpp", "--turns", "3", "--json", "--threads", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ours, huge, llama = json.loads(done.stdout)["readings"]
+    for reading in (ours, huge):
+        assert len(reading["decode_tokens_per_second_of_rounds"]) == 3
+        assert len(set(reading["prefill_tokens_per_second_of_rounds"])) == 3, "the prompt was read again for every turn"
+    assert huge["decode_ratio"] > 0 and huge["logits_distance"] == 0.0 and "left_out" in llama
+
+
+def test_an_engine_that_ends_in_its_turn_is_told(bench, monkeypatch, tmp_path):
+    """One fails when it loads and one at its first turn, with the last line of what it printed; the others go on."""
+    child = tmp_path / "child.py"
+    child.write_text(
+        "import json, sys\n"
+        "if sys.argv[1] == 'absent': print(json.dumps({'left_out': 'not here'})); sys.exit()\n"
+        "if sys.argv[1] == 'broken': sys.exit('no memory')\n"
+        "print(json.dumps({'prefill_tokens': 9, 'prefill_seconds': [1.0]}), flush=True)\n"
+        "for line in sys.stdin:\n"
+        "    if sys.argv[1] == 'dies': sys.exit('killed at last')\n"
+        "    print(json.dumps([2.0]), flush=True)\n"
+    )
+    monkeypatch.setattr(bench, "CHILD", child)
+    present = dict.fromkeys(["fine", "absent", "broken", "dies"], sys.executable) | {"gone": str(tmp_path / "python")}
+    runs = bench._in_turns(present, tmp_path, {"turns": 2, "prompt": 512, "threads": 1})
+    assert runs["fine"] == [{"prefill_tokens": 9, "prefill_seconds": [1.0], "decode_seconds": [2.0]}] * 2
+    assert runs["absent"] == [{"left_out": "not here"}] and runs["broken"] == [{"failed": "no memory"}]
+    assert runs["dies"] == [{"failed": "killed at last"}] and "does not run" in runs["gone"][0]["failed"]
+
+
 @pytest.mark.parametrize("tokenizer", [True, False])
 def test_the_converter_runs_as_it_is_where_there_is_a_tokenizer(engines, tmp_path, tokenizer):
     """A stand-in with llama.cpp's file names: `set_vocab` is replaced only where there is no vocabulary to read."""
@@ -161,6 +204,15 @@ def test_an_absent_interpreter_is_a_failure_that_is_told(bench, tmp_path):
 
 
 def test_wrong_use_is_one_line_and_exit_2():
-    for flags, said in (["--engines", "abacus"], "unknown engine 'abacus'"), (["--gguf", "x"], "--gguf needs"):
+    cases = {
+        "unknown engine 'abacus'": ["--engines", "abacus"],
+        "--gguf needs": ["--gguf", "x"],
+        "give one": ["--turns", "2", "--rounds", "2"],
+    }
+    for said, flags in cases.items():
+        (["--engines", "abacus"], "unknown engine 'abacus'"),
+        (["--gguf", "x"], "--gguf needs"),
+        (["--turns", "2", "--rounds", "2"], "give one"),
+    ):
         done = subprocess.run([sys.executable, str(FILE), *flags], capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and said in done.stderr and not done.stdout

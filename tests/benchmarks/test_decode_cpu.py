@@ -210,9 +210,5 @@ def test_wrong_use_is_one_line_and_exit_2():
         "give one": ["--turns", "2", "--rounds", "2"],
     }
     for said, flags in cases.items():
-        (["--engines", "abacus"], "unknown engine 'abacus'"),
-        (["--gguf", "x"], "--gguf needs"),
-        (["--turns", "2", "--rounds", "2"], "give one"),
-    ):
         done = subprocess.run([sys.executable, str(FILE), *flags], capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and said in done.stderr and not done.stdout

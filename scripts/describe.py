@@ -22,8 +22,12 @@ def main(argv: list[str] | None = None) -> int:
 
     # Imported late, so that --help and a wrong flag answer at once.
     from xmoe.checkpoint.opened import Checkpoint
+    from xmoe.checkpoint.sidecars import load_tokenizer
+    from xmoe.checkpoint.weights import wanted_dtype
 
+    wanted_dtype(args.dtype)  # both for their refusals alone
     checkpoint = Checkpoint(args.checkpoint)
+    load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
     content = describe(
         checkpoint, _lengths(args.context_lengths, checkpoint.config.max_position_embeddings), args.dtype
     )

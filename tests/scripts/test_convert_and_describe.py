@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import AddedToken
 
 from xmoe.checkpoint.weights import load, save
 from xmoe.command import run
+from xmoe.data.tokenizer import Tokenizer
 from xmoe.model.config import preset
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -54,6 +56,20 @@ def test_convert_mistakes(folder, tmp_path, capsys):
         code, out, err = command("convert", capsys, *args, "--output", goal)
         assert code == 2 and message in err and err.startswith("error: ") and err.count("\n") == 1 and not out
     assert not goal.exists()
+
+
+def test_what_chat_refuses_is_neither_converted_nor_described(folder, tmp_path, capsys):
+    code, out, err = command("describe", capsys, "--checkpoint", folder, "--dtype", "float16")
+    assert code == 2 and "float16 cannot run GPT-OSS" in err and err.count("\n") == 1 and not out
+    tokenizer = Tokenizer.of_bytes()
+    size = load(folder)[0].config.vocab_size
+    tokenizer.backend.add_tokens([AddedToken(f"<|extra {i}|>", special=True) for i in range(size)])
+    (folder / "tokenizer.json").write_text(tokenizer.backend.to_str())
+    common = ("--checkpoint", folder)
+    for name, more in ("describe", ()), ("convert", ("--layout", "native", "--output", tmp_path / "goal")):
+        code, out, err = command(name, capsys, *common, *more)
+        assert code == 2 and f"vocabulary ends at {size - 1}" in err and err.count("\n") == 1 and not out
+    assert not (tmp_path / "goal").exists()
 
 
 def test_describe(folder, capsys):

@@ -22,6 +22,7 @@ from xmoe.checkpoint.shards import ALIGNMENT
 from xmoe.data.tokenizer import Tokenizer
 from xmoe.device import pick_device
 from xmoe.errors import CheckpointError, ConfigError
+from xmoe.model.config import ModelConfig
 from xmoe.model.transformer import Block, Transformer
 from xmoe.outputs import new_folder
 from xmoe.quantization.packed import PackedWeight
@@ -135,8 +136,16 @@ def load_ends(
     return model.eval()
 
 
-def _choices(device, dtype, experts) -> tuple[torch.device, torch.dtype | None, bool]:
-    """device, dtype (None: as stored) and whether to decode, or a ConfigError."""
+def native_weight(checkpoint: Checkpoint, name: str, dtype: str | torch.dtype = "auto") -> Tensor | PackedWeight:
+    """A native tensor as :func:`load` holds it on the CPU; a balancing bias is float32 always."""
+    if name not in checkpoint.rules:
+        return checkpoint.weight(name).float()
+    device, wanted, _ = _choices("cpu", dtype, "mxfp4")
+    return _materialize(checkpoint, name, device, wanted, decode=False)
+
+
+def wanted_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """The dtype that `dtype` names, None for "auto"; or a ConfigError."""
     if dtype in (torch.float16, "float16", "fp16", "half"):
         raise ConfigError(
             "float16 cannot run GPT-OSS: its residual stream grows to 45,000 and beyond, and float16 overflows at "
@@ -144,11 +153,17 @@ def _choices(device, dtype, experts) -> tuple[torch.device, torch.dtype | None, 
         )
     if dtype != "auto" and dtype not in _DTYPES and dtype not in _DTYPES.values():
         raise ConfigError(f"dtype {dtype} is unknown; choose auto, {' or '.join(_DTYPES)}")
+    return None if dtype == "auto" else _DTYPES.get(dtype, dtype)
+
+
+def _choices(device, dtype, experts) -> tuple[torch.device, torch.dtype | None, bool]:
+    """device, dtype (None: as stored) and whether to decode, or a ConfigError."""
+    wanted = wanted_dtype(dtype)
     if experts not in ("mxfp4", "dense"):
         raise ConfigError(f"experts={experts!r} is unknown; choose mxfp4 (packed, as stored) or dense")
     if not isinstance(device, torch.device):
         device = pick_device(device)
-    return device, None if dtype == "auto" else _DTYPES.get(dtype, dtype), experts == "dense"
+    return device, wanted, experts == "dense"
 
 
 def _materialize(
@@ -273,6 +288,7 @@ def convert(
     again where the layout packs and dense where it does not, and merge.json says what rounding did to them.
     """
     checkpoint = Checkpoint(path)
+    sidecars.load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)  # refused before anything is written
     if adapter is None:
         merge, value = None, checkpoint.weight
     else:
@@ -298,8 +314,26 @@ def convert(
     )
 
 
+def rewrite(
+    checkpoint: Checkpoint,
+    folder: str | Path,
+    layout: str,
+    config: ModelConfig,
+    value: Callable[[str], Tensor | PackedWeight],
+    dtype: str | torch.dtype = "auto",
+) -> Path:
+    """Write a checkpoint that has the small files of `checkpoint`, this `config`, and weights by their native names.
+
+    One weight is in memory at a time. `value` is asked for the balancing biases that `checkpoint` has, too.
+    """
+    biases = [SELECTION_BIAS.format(i=i) for i in range(config.num_hidden_layers)]
+    biases = [name for name in biases if name in checkpoint.reader]
+    about = {"tokenizer": None, "extra": checkpoint.extra, "source": checkpoint.folder}
+    return _write(config, value, biases, folder, layout, dtype, False, **about)
+
+
 def _write(
-    config,
+    config: ModelConfig,
     value: Callable[[str], Tensor | PackedWeight],
     biases: list[str],
     folder: str | Path,

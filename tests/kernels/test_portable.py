@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from xmoe.kernels import dispatch, portable, reference
+from xmoe.kernels.adapter import Adapter
 from xmoe.quantization.packed import PackedWeight
 
 
@@ -60,3 +63,73 @@ def test_mixed_packed_and_dense():
             module.experts(x, indices, weights, pair[0], b1, pair[1], b2)[0].sum().backward()
             results.append(pair[dense].grad)
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def attend(module, B: int, S: int, L: int, q_pos, k_pos, window: int | None, sinks: bool = True):
+    """What `module` answers, and the gradients of everything."""
+    g = torch.Generator().manual_seed(S * L)
+    shapes = (B, S, 6, 8), (B, L, 2, 8), (B, L, 2, 8), (6,)
+    inputs = [torch.randn(shape, generator=g).requires_grad_() for shape in shapes]
+    out = module.attention(*inputs[:3], inputs[3] if sinks else None, window=window, q_pos=q_pos, k_pos=k_pos)
+    used = inputs if sinks else inputs[:3]
+    return out, *torch.autograd.grad(out, used, torch.randn(out.shape, generator=g))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    B=st.integers(1, 2), S=st.integers(1, 40), past=st.integers(0, 50), first=st.integers(-1, 3), sinks=st.booleans(),
+    shuffled=st.booleans(), window=st.one_of(st.none(), st.integers(1, 60)), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_attention_behind_a_cache(B, S, past, first, sinks, shuffled, window, seed):
+    """Prompts and tokens behind `past` keys, which a ring may hold in any order, with or without a column of padding."""
+    L = past + S
+    k_pos = first + torch.arange(L).expand(B, L)
+    q_pos = k_pos[:, past:]
+    if shuffled:
+        k_pos = k_pos[:, torch.randperm(L, generator=torch.Generator().manual_seed(seed))]
+    found, expected = (attend(m, B, S, L, q_pos, k_pos, window, sinks) for m in (portable, reference))
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("S, past", [(70, 0), (1, 69), (9, 61)])
+@pytest.mark.parametrize("window", [None, 16])
+def test_no_mask_a_head_is_made_where_every_query_sees_a_key(monkeypatch, S, past, window):
+    def refuse(*_):
+        raise AssertionError("the slow path")
+
+    monkeypatch.setattr(portable, "_masked_attention", refuse)
+    k_pos = torch.arange(past + S).unsqueeze(0)
+    attend(portable, 1, S, past + S, k_pos[:, past:], k_pos, window)
+
+
+@torch.no_grad()
+@settings(max_examples=25, deadline=None)
+@given(
+    T=st.integers(0, 20), K=st.integers(1, 3), format=st.sampled_from(["dense", "mxfp4", "low-rank"]),
+    adapted=st.booleans(), seed=st.integers(0, 999),
+)  # fmt: skip
+def test_experts_without_gradient(T, K, format, adapted, seed):
+    """Weights as left factors, unused slots, lengths of the outputs, adapters and factors against the plain loop."""
+    g = torch.Generator().manual_seed(seed)
+    D, F, E, r = 64, 32, 5, 3
+    x, weights = torch.randn(T, D, generator=g), torch.rand(T, K, generator=g)
+    indices = torch.randint(-1, E, (T, K), generator=g)
+    up, down = torch.randn(E, 2 * F, D, generator=g) / 8, torch.randn(E, D, F, generator=g) / 6
+    biases = torch.randn(E, 2 * F, generator=g), torch.randn(E, D, generator=g)
+    if format != "dense":
+        up, down = (PackedWeight.encode(w, format, **({"rank": 4} if format == "low-rank" else {})) for w in (up, down))
+    adapters = {}
+    if adapted:
+        sizes = {"gate_up_adapter": (D, 2 * F), "down_adapter": (F, D)}
+        pair = {
+            n: (torch.randn(E, r, i, generator=g), torch.randn(E, o, r, generator=g)) for n, (i, o) in sizes.items()
+        }
+        adapters = {n: Adapter(a, b, 0.1) for n, (a, b) in pair.items()}
+    given = x, indices, weights, up, biases[0], down, biases[1]
+    (y, norms), (y_expected, norms_expected) = (
+        m.experts(*given, norms=True, **adapters) for m in (portable, reference)
+    )
+    torch.testing.assert_close(y, y_expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(norms, norms_expected, rtol=1e-4, atol=1e-4)
+    assert portable.experts(*given, **adapters)[1] is None

@@ -70,14 +70,15 @@ def describe(device: torch.device | str, dtype: torch.dtype) -> str:
     device = torch.device(device)
     forced = _forced[-1] if _forced else None
     if forced in ("reference", "portable"):
-        return f"{forced} PyTorch on {device.type}, as `use` asks"
+        kept = f"; {portable.describe()}" if forced == "portable" and device.type == "cpu" else ""
+        return f"{forced} PyTorch on {device.type}, as `use` asks{kept}"
     if device.type != "cpu":
         why_not = triton_backend.reason(device, dtype)
         if why_not is not None:
             return f"portable PyTorch on {device.type}: {why_not}"
         return f"Triton kernels on {device.type}; plain products and the loss: PyTorch; int8, int4 and low-rank experts: portable"
     if not cpu.available():
-        return f"portable PyTorch on the CPU: {cpu.reason()}"
+        return f"portable PyTorch on the CPU: {cpu.reason()}; {portable.describe()}"
     if dtype not in cpu.ELEMENTS:
         return f"portable PyTorch on the CPU: the C kernels know bfloat16 and float32, not {dtype}"
     return f"{cpu.describe()}; {cpu_packed.describe()}"

@@ -7,14 +7,17 @@ never holds [T, V] in fp32.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from xmoe.kernels import portable_inference as inference
 from xmoe.kernels.adapter import Adapter, parts
-from xmoe.kernels.decoded import DecodedExperts
+from xmoe.kernels.decoded import DecodedExperts, Keep
 from xmoe.kernels.reference import visible
 from xmoe.quantization.packed import PackedWeight
 
@@ -132,6 +135,29 @@ def _blocks_of_window(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, window: in
     return out.view(B, n, H, window, Dh).transpose(1, 2).reshape(B, H, n * window, Dh)[:, :, :S]
 
 
+def _in_order(q_pos: Tensor, k_pos: Tensor) -> bool:
+    """Whether the keys are those of the queries, one position after the other, as in a prompt without padding."""
+    return q_pos.shape == k_pos.shape and bool(
+        (q_pos == k_pos).all() & (q_pos[:, 0] >= 0).all() & (q_pos.diff() == 1).all()
+    )
+
+
+def _flash(
+    q, k, v, sinks, window: int | None, q_pos: Tensor | None, k_pos: Tensor | None, scale: float
+) -> Tensor | None:
+    """Attention [B, H, S, Dh] through the flash kernel; None where a query sees no key, as those of padding do."""
+    S = q.shape[2]
+    if q_pos is None or _in_order(q_pos, k_pos):
+        if window is None or window >= S:
+            return _FlashWithSinks.apply(q, k, v, sinks, True, None, scale)
+        return _blocks_of_window(q, k, v, sinks, window, scale)
+    seen = visible(q_pos, k_pos, window).unsqueeze(1)
+    if not bool(seen.any(-1).all()):
+        return None
+    mask = None if bool(seen.all()) else torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, float("-inf"))
+    return _FlashWithSinks.apply(q, k, v, sinks, False, mask, scale)
+
+
 def _masked_attention(q, k, v, sinks, window: int | None, q_pos: Tensor, k_pos: Tensor, scale: float) -> Tensor:
     """Any positions: one key and value of zeros stand for the sink, whose logit enters as that column's bias."""
     B, H, S, _ = q.shape
@@ -162,13 +188,12 @@ def attention(
     q = q.to(dtype).transpose(1, 2)
     k, v = (x.to(dtype).repeat_interleave(R, dim=2).transpose(1, 2) for x in (k, v))
     with torch.autocast(q.device.type, enabled=False):
-        if q.device.type == "cpu" and q_pos is None and S > 0 and dtype in (torch.bfloat16, torch.float32):
+        if q.device.type == "cpu" and S > 0 and dtype in (torch.bfloat16, torch.float32):
             logits = torch.full((q.shape[1],), float("-inf")) if sinks is None else sinks
-            if window is None or window >= S:
-                out = _FlashWithSinks.apply(q, k, v, logits, True, None, scale)
-            else:
-                out = _blocks_of_window(q, k, v, logits, window, scale)
+            out = _flash(q, k, v, logits, window, q_pos, k_pos, scale)
         else:
+            out = None
+        if out is None:
             if q_pos is None:
                 q_pos = k_pos = torch.arange(S, device=q.device).unsqueeze(0)
             out = _masked_attention(q, k, v, sinks, window, q_pos, k_pos, scale)
@@ -178,11 +203,16 @@ def attention(
 # ------------------------------------------------------------------------------------------------ experts
 
 
-_FEW = 4  # tokens up to which a step counts as decoding, after which others follow that may want the same experts
+_FEW = 4  # tokens up to which a step counts as decoding, of which many follow each other
 _decoded = DecodedExperts()
 
 
-def _ahead(rows: Tensor, weight: Tensor | PackedWeight, e: int, keep: bool) -> tuple[Tensor, Tensor]:
+def describe() -> str:
+    """What the portable path keeps of packed experts; a clause."""
+    return _decoded.describe()
+
+
+def _ahead(rows: Tensor, weight: Tensor | PackedWeight, e: int, keep: Keep) -> tuple[Tensor, Tensor]:
     """Rows and a matrix whose product rows matrix^T is that of `rows` with expert e: a low-rank one's inner factor is done."""
     matrix, *inner = _decoded.matrices(weight, e, rows.dtype, keep)
     return (torch.mm(rows, inner[0].t()), matrix) if inner else (rows, matrix)
@@ -190,7 +220,7 @@ def _ahead(rows: Tensor, weight: Tensor | PackedWeight, e: int, keep: bool) -> t
 
 def _back(rows: Tensor, weight: Tensor | PackedWeight, e: int) -> Tensor:
     """rows [n, out] times the matrix of expert e -> [n, in], factor by factor."""
-    for matrix in _decoded.matrices(weight, e, rows.dtype, keep=False):
+    for matrix in _decoded.matrices(weight, e, rows.dtype):
         rows = torch.mm(rows, matrix)
     return rows
 
@@ -230,15 +260,11 @@ class _Experts(Function):
         limit, alpha, norms, dtype, scales, keep, *adapters = settings
         (T, D), (_, K), (E, F2, _) = x.shape, indices.shape, gate_up.shape
         x = x.to(dtype)
-        slots = indices.flatten()
-        order = torch.argsort(torch.where(slots < 0, E, slots), stable=True)
-        counts = torch.bincount(slots[slots >= 0], minlength=E).tolist()
-        rows = sum(counts)
-        order = order[:rows]
-        hidden = torch.empty(rows, F2, dtype=dtype, device=x.device)
+        order, counts = inference.by_expert(indices, E)
+        hidden = torch.empty(len(order), F2, dtype=dtype, device=x.device)
         out = torch.zeros(T * K, D, dtype=dtype, device=x.device)
         lengths = torch.zeros(T * K, dtype=torch.float32, device=x.device) if norms else None
-        for e, place, s in _stretches(counts, order):
+        for e, place, s in inference.stretches(counts, order):
             given = x.index_select(0, place // K)
             rows_in, matrix = _ahead(given, gate_up, e, keep)
             h = torch.mm(rows_in, matrix.t(), out=hidden[s])
@@ -280,7 +306,7 @@ class _Experts(Function):
         db1 = torch.zeros(E, hidden.shape[1], dtype=torch.float32, device=x.device)
         db2 = torch.zeros(E, D, dtype=torch.float32, device=x.device)
         of_adapters = [None if t is None else torch.zeros_like(t) for t in (up_a, up_b, low_a, low_b)]
-        for e, place, s in _stretches(ctx.counts, order):
+        for e, place, s in inference.stretches(ctx.counts, order):
             token, weight = place // K, row_weights.index_select(0, place)
             dy = grad.index_select(0, token)
             dact = _back(dy, down, e)
@@ -328,15 +354,6 @@ def _adapter_gradients(
     into[1][e].copy_(torch.mm(dy.t(), inside.mul_(scale)))
 
 
-def _stretches(counts: list[int], order: Tensor):
-    """(expert, the slots it serves, where its rows lie) for every expert that has rows."""
-    start = 0
-    for e, count in enumerate(counts):
-        if count:
-            yield e, order[start : start + count], slice(start, start + count)
-        start += count
-
-
 def experts(
     x: Tensor,
     indices: Tensor,
@@ -354,14 +371,18 @@ def experts(
 ) -> tuple[Tensor, Tensor | None]:
     """See :func:`xmoe.kernels.reference.experts`.
 
-    Packed weights are decoded expert by expert, factors never multiplied. On the CPU, experts decoded for a few tokens
-    without gradient are kept for the tokens to come (:mod:`xmoe.kernels.decoded`).
+    Packed weights are decoded expert by expert, factors never multiplied. On the CPU, experts decoded without gradient
+    are kept for the tokens to come (:mod:`xmoe.kernels.decoded`).
     """
     dtype = compute_dtype(x)
     scales, adapters = parts(gate_up_adapter, down_adapter)
     layer = gate_up, gate_up_bias, down, down_bias
-    keep = len(x) <= _FEW and not torch.is_grad_enabled()
+    keep: Keep = "never" if torch.is_grad_enabled() else "always" if len(x) <= _FEW else "room"
     with torch.autocast(x.device.type, enabled=False):
+        if keep != "never" and x.device.type == "cpu":
+            up, low = (functools.partial(_decoded.matrices, w, dtype=dtype, keep=keep) for w in (gate_up, down))
+            given = x.to(dtype), indices, weights, up, gate_up_bias, low, down_bias
+            return inference.experts(*given, limit, alpha, norms, gate_up_adapter, down_adapter)
         return _Experts.apply(x, indices, weights, *layer, limit, alpha, norms, dtype, scales, keep, *adapters)
 
 

@@ -44,13 +44,14 @@ _CHUNK = 1 << 16
 _ENCODE_CHUNK = 1 << 12
 
 
-def decode(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def decode(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16, out: Tensor | None = None) -> Tensor:
     """Values of packed groups.
 
     Args:
         blocks: uint8 [..., G, 16].
         scales: uint8 [..., G], none of them 255 (see :func:`check_scales`).
         dtype: bfloat16 and float32 are exact; float16 is refused, because scales exceed its range.
+        out: contiguous, where the values go; it is returned.
 
     Returns:
         [..., 32 * G] of `dtype`.
@@ -60,7 +61,9 @@ def decode(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) 
     check_shapes(blocks, scales)
     *lead, groups, _ = blocks.shape
     word = _WORDS[dtype]
-    pairs = torch.empty((scales.numel(), GROUP // 2), dtype=word, device=blocks.device)
+    if out is None:
+        out = torch.empty((*lead, groups * GROUP), dtype=dtype, device=blocks.device)
+    pairs = out.view(-1).view(word).view(-1, GROUP // 2)
     if not pairs.is_meta:
         table = _pairs(dtype, blocks.device)
         flat_blocks, flat_scales = blocks.reshape(-1, GROUP // 2), scales.reshape(-1)
@@ -68,7 +71,7 @@ def decode(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) 
             part = slice(start, start + _CHUNK)
             rows = (flat_scales[part].to(torch.int32) << 8).unsqueeze(-1) | flat_blocks[part]
             torch.index_select(table, 0, rows.view(-1), out=pairs[part].view(-1))
-    return pairs.view(dtype).view(*lead, groups * GROUP)
+    return out
 
 
 def encode(weight: Tensor, rule: str = "best") -> tuple[Tensor, Tensor]:

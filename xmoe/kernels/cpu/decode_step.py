@@ -100,7 +100,7 @@ def decode_step(
         written = logits[i], weights[i], lengths[i], indices[i]
         pointers = (*layer, *room[:3], room.key_positions, choice.kept, choice.selection_bias, *written)
         sizes = room.keys.shape[1], room.count, choice.window or 0, E[i], choice.k, choice.limit, ALPHA
-        table[i] = DecodeLayer(*(None if t is None else t.data_ptr() for t in pointers), *sizes)
+        table[i] = DecodeLayer(*[None if t is None else t.data_ptr() for t in pointers], *sizes)
     G, Dh = rooms[0].keys.shape[2:]
     angle_batch = 0 if cos.shape[0] == 1 else cos.stride(0)
     step = DecodeStepArguments(

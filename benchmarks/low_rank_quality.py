@@ -21,7 +21,8 @@ from prune_quality import BATCH, SEQ, rows_of, train
 from xmoe import command
 from xmoe.compression.expert_inputs import LayerInputs
 from xmoe.compression.reconstruction import expert_output
-from xmoe.compression.reduce import mixture, reduce
+from xmoe.compression.reduce import reduce
+from xmoe.compression.reduction_report import mixture
 from xmoe.compression.routing import record_routing
 from xmoe.model.perplexity import mean_loss, perplexity
 

@@ -525,23 +525,27 @@ def whole_layers(text: str, config) -> str:
 
 
 def reduce(args: argparse.Namespace) -> int:
-    from xmoe.checkpoint.weights import load
-    from xmoe.compression.changed import save_changed
-    from xmoe.compression.reduce import reduce as shrink
+    from xmoe.compression.reduce_checkpoint import operations, reduce_checkpoint
 
     check_output(args)
     pattern = numbers(args.pattern, "pattern", ":", "N:M, such as 2:4")
     one_rank = args.rank and args.rank.isdigit()
     rank = numbers(f"{args.rank},{args.rank}" if one_rank else args.rank, "rank", ",", "R or R,R, such as 96,64")
     device, dtype = device_and_dtype(args)
-    model, tokenizer = load(args.checkpoint, device, dtype)
-    small, stages = shrink(
-        model,
+    checkpoint, tokenizer = tokenizer_of(args.checkpoint)
+    config = checkpoint.config
+    stages = reduce_checkpoint(
+        checkpoint,
+        args.output,
         args.method.split(","),
         args.fraction,
-        experts=places(whole_layers(args.experts, model.config), len(model.blocks), "experts") or None,
+        experts=places(whole_layers(args.experts, config), config.num_hidden_layers, "experts") or None,
         stats=load_stats(args.stats) if args.stats else None,
-        batches=data_batches(args, tokenizer, model.source.folder) if args.data else None,
+        batches=data_batches(args, tokenizer, checkpoint.folder) if args.data else None,
+        device=device,
+        dtype=dtype,
+        command=args.line,
+        overwrite=args.overwrite,
         scope=args.scope,
         score=args.score,
         pattern=pattern,
@@ -549,9 +553,8 @@ def reduce(args: argparse.Namespace) -> int:
         rank=rank,
         whiten=args.whiten,
     )
-    operations = [{"name": "reduce", "fraction": args.fraction, **stage._asdict()} for stage in stages]
-    save_changed(small, args.checkpoint, args.output, operations, command=args.line, overwrite=args.overwrite)
-    say(args, {"output": args.output, "stages": operations}, "\n".join(stage.line() for stage in stages))
+    report = {"output": args.output, "stages": operations(stages, args.fraction)}
+    say(args, report, "\n".join(stage.line() for stage in stages))
     return 0
 
 

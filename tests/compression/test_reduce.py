@@ -15,7 +15,8 @@ from xmoe.checkpoint.weights import load, save
 from xmoe.compression.magnitude import smallest
 from xmoe.compression.neurons import cut_neurons
 from xmoe.compression.reconstruction import expert_output
-from xmoe.compression.reduce import METHODS, mixture, reduce
+from xmoe.compression.reduce import METHODS, reduce
+from xmoe.compression.reduction_report import mixture
 from xmoe.compression.routing import record_routing
 from xmoe.errors import ConfigError
 from xmoe.quantization.packed import PackedWeight

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from xmoe.checkpoint.opened import Checkpoint
-from xmoe.checkpoint.shards import ShardReader
-from xmoe.checkpoint.weights import save
+from xmoe.checkpoint.weights import Source, save
 from xmoe.compression import manifest
 from xmoe.compression.cut import identify
-from xmoe.model.describe import model_parameter_counts
 from xmoe.model.transformer import Transformer
 from xmoe.outputs import new_folder
 from xmoe.quantization.packed import PackedWeight
@@ -32,12 +31,42 @@ def save_changed(
         layout: None keeps that of the source where it can hold the experts' format, and takes native where it cannot.
     """
     checkpoint = Checkpoint(source)
-    if layout is None:
-        layout = checkpoint.layout.name if _holds(checkpoint, model) else "native"
+    if not hasattr(model, "source"):  # made anew: what lies beside the weights comes along all the same
+        model.source = Source(checkpoint.folder, checkpoint.extra)
+    formats = {m.format for m in model.modules() if isinstance(m, PackedWeight)} or {"dense"}
+
+    def write(folder: Path, layout: str) -> None:
+        save(model, folder, layout)
+
+    return write_changed(
+        checkpoint, destination, operations, formats, write, layout=layout, command=command, overwrite=overwrite
+    )
+
+
+def write_changed(
+    checkpoint: Checkpoint,
+    destination: str | Path,
+    operations: list[dict[str, Any]],
+    formats: Collection[str],
+    write: Callable[[Path, str], None],
+    *,
+    layout: str | None = None,
+    command: str = "",
+    overwrite: bool = False,
+) -> Path:
+    """As :func:`save_changed` for weights that are elsewhere: `write` puts a checkpoint of a layout into an empty folder.
+
+    Args:
+        formats: of the experts, as they are now.
+    """
+    if layout is None:  # that of the source where it keeps the formats, without decoding or encoding on the way
+        holds = checkpoint.layout.experts is None or set(formats) == {checkpoint.layout.experts}
+        layout = checkpoint.layout.name if holds else "native"
     with new_folder(destination, overwrite) as partial, manifest.SourceHashes(checkpoint.reader.files) as hashes:
-        save(model, partial, layout)
-        reader = ShardReader(partial)
-        total, active = model_parameter_counts(model)
+        write(partial, layout)
+        written = Checkpoint(partial)
+        reader = written.reader
+        total, active = written.parameter_counts
         manifest.write(
             partial,
             source=checkpoint,
@@ -56,9 +85,3 @@ def save_changed(
         )
         manifest.card(partial)
     return Path(destination)
-
-
-def _holds(checkpoint: Checkpoint, model: Transformer) -> bool:
-    """Whether the source's layout keeps the formats the experts now have, without decoding or encoding them on the way."""
-    formats = {m.format for m in model.modules() if isinstance(m, PackedWeight)} or {"dense"}
-    return checkpoint.layout.experts is None or formats == {checkpoint.layout.experts}

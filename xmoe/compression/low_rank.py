@@ -120,6 +120,29 @@ def choose_ranks(
     return chosen
 
 
+class Factored(NamedTuple):
+    """What was done to `total` experts: ranks of gate_up and down, tokens they were fitted to, experts that had too few."""
+
+    ranks: frozenset[tuple[int, int]]
+    tokens: int
+    short: int
+    total: int
+
+    def __add__(self, other: Factored) -> Factored:
+        """Of the layers of both."""
+        short, total = self.short + other.short, self.total + other.total
+        return Factored(self.ranks | other.ranks, max(self.tokens, other.tokens), short, total)
+
+    def said(self) -> str:
+        """In a few words."""
+        sizes = [sorted({r[i] for r in self.ranks}) for i in range(2)]
+        said = "rank " + " and ".join(f"{'-'.join(map(str, found))} ({n})" for n, found in zip(WEIGHTS, sizes))
+        if not self.tokens:
+            return said + ", plain"
+        few = f", too few for {self.short} of {self.total} experts" if self.short else ""
+        return said + f", fitted to {self.tokens:,} tokens{few}"
+
+
 @torch.no_grad()
 def factor_experts(
     model: Transformer,
@@ -127,8 +150,8 @@ def factor_experts(
     *,
     sample: Tensor | None = None,
     batches: Sequence[Batch] | None = None,
-) -> str:
-    """Put factors in the place of the experts' weights, in place; returns in a few words what was done.
+) -> Factored:
+    """Put factors in the place of the experts' weights, in place; returns what there is to tell.
 
     Args:
         ranks: what :func:`choose_ranks` returned.
@@ -156,11 +179,7 @@ def factor_experts(
 
     with tqdm(total=len(ranks), desc="factoring", unit="expert", disable=None) as bar:
         visit_inputs(model, act, sample, batches)
-    sizes = [sorted({r[i] for r in ranks.values()}) for i in range(2)]
-    said = "rank " + " and ".join(f"{'-'.join(map(str, found))} ({n})" for n, found in zip(WEIGHTS, sizes))
-    if not tokens:
-        return said + ", plain"
-    return said + f", fitted to {tokens:,} tokens" + (f", too few for {short} of {len(ranks)} experts" if short else "")
+    return Factored(frozenset(ranks.values()), tokens, short, len(ranks))
 
 
 def _factors(weight: Stack, rank: int, moment: Tensor | None) -> PackedWeight:

@@ -79,8 +79,13 @@ def prune_magnitude(
     norms: Norms | None = None,
 ) -> None:
     """Set the least weights to zero, in place: exactly round(fraction * count) in each scope, or N:M along the inputs."""
+    for block in model.blocks:
+        for name in _WEIGHTS:
+            if isinstance(weight := getattr(block.moe.experts, name), PackedWeight):
+                block.moe.experts.hold(name, weight.map(lambda t: t))  # out of any order that only a kernel knows
     places = [(i, e) for i, b in enumerate(model.blocks) for e in range(b.moe.experts.gate_up_bias.shape[0])]
-    chosen = [p for p in places if experts is None or p in set(experts)]
+    named = set(places if experts is None else experts)
+    chosen = [p for p in places if p in named]
     scopes: dict[tuple, list[Matrix]] = {}
     key: dict[str, Callable] = {
         "row": lambda i, e, n: (i, e, n), "tensor": lambda i, e, n: (i, e, n), "expert": lambda i, e, n: (i, e),

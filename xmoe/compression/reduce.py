@@ -20,62 +20,125 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Collection, Iterable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from xmoe.compression.identity import model_hash
-from xmoe.compression.layerwise import as_batches
+from xmoe.compression.layerwise import Batch, as_batches
 from xmoe.compression.low_rank import Packing, Place, choose_ranks, factor_experts, one, replace_experts
 from xmoe.compression.magnitude import SCOPES, SCORES, input_norms, prune_magnitude
 from xmoe.compression.neurons import cut_neurons, neurons_to_keep
-from xmoe.compression.reconstruction import expert_output
+from xmoe.compression.reduction_report import Stage, expert_stacks
 from xmoe.compression.routing import RoutingStats, record_routing
 from xmoe.errors import ConfigError, DataError
-from xmoe.model.experts import Experts, MoE
+from xmoe.model.config import ModelConfig
 from xmoe.model.transformer import Transformer
-from xmoe.quantization.compound import pack_factors, rank_unit
-from xmoe.quantization.packed import PackedWeight, dense_matrix, matrices
+from xmoe.quantization.compound import Stack, pack_factors, rank_unit
+from xmoe.quantization.packed import PackedWeight
 
 METHODS = ("magnitude", "neurons", "low-rank", "int8", "int4", "mxfp4")
 QUANTIZED = ("int8", "int4", "mxfp4")
 SAMPLE = 512
 """Tokens on which output errors are measured where only text was given."""
 
-_WEIGHTS = ("gate_up", "down")
 _ALIASES = {"svd": "low-rank", "rank": "low-rank", "lowrank": "low-rank", "prune": "magnitude", "sparsity": "magnitude"}
 
 
-class Stage(NamedTuple):
-    """What one method did to the expert weights.
+@dataclass(frozen=True)
+class Job:
+    """A sequence of methods and what is asked of them; the fields are the arguments of :func:`reduce`.
 
-    bytes and weights (parameters of gate_up and down) before and after; zeros after. weight_error: ||W' - W|| / ||W|| for
-    each layer, None where shapes changed. output_error: ||y' - y|| / ||y|| of each layer's MoE on the token sample, against
-    the model the sequence began with; None without a sample. detail: what the method chose, in a few words.
+    Raises:
+        ConfigError: an unknown method, score or scope, a fraction outside (0, 1), a pattern that is none.
     """
 
-    method: str
-    bytes_before: int
-    bytes_after: int
-    weights_before: int
-    weights_after: int
-    zeros: int
-    weight_error: tuple[float, ...] | None
-    output_error: tuple[float, ...] | None
-    detail: str = ""
+    methods: Sequence[str]
+    fraction: float | None = None
+    scope: str | None = None
+    score: str = "magnitude"
+    pattern: tuple[int, int] | None = None
+    group_size: int = 32
+    rank: tuple[int, int] | None = None
+    whiten: bool = False
 
-    def line(self) -> str:
-        """One row of the table."""
-        change = 1 - self.bytes_after / self.bytes_before
-        removed = 1 - (self.weights_after - self.zeros) / self.weights_before
-        said = f"{self.method:<10}{self.bytes_before:>16,} ->{self.bytes_after:>16,} bytes ({-change:+.1%})"
-        said += f"  {removed:6.1%} of weights gone"
-        for name, errors in (("weights", self.weight_error), ("outputs", self.output_error)):
-            if errors is not None:
-                said += f"  error of {name} {sum(errors) / len(errors):.4f}"
-        said += f"  {self.detail}" if self.detail else ""
-        return said + ("  LARGER than before" if self.bytes_after > self.bytes_before else "")
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "methods", tuple(_method(m) for m in self.methods))
+        object.__setattr__(self, "scope", self.scope or ("tensor" if self.score == "magnitude" else "row"))
+        _check(self.methods, self.fraction, self.scope, self.score, self.pattern, self.rank)
+
+    def looks_at_inputs(self, at: int) -> bool:
+        """Whether method number `at` asks what the experts are fed, all of the text if there is any."""
+        method = self.methods[at]
+        return (method == "low-rank" and self.whiten) or (method == "magnitude" and self.score != "magnitude")
+
+    def check_inputs(self, given: bool) -> None:
+        """ConfigError where a method asks what experts are fed and nothing tells."""
+        if (self.whiten or self.score != "magnitude") and not given:
+            asks = "--whiten" if self.whiten else f"the score {self.score}"
+            raise ConfigError(f"{asks} looks at what experts are fed; give --data, or --stats recorded with --sample")
+
+    def packing(self, at: int) -> Packing | None:
+        """The packing that what method number `at` makes will meet with, before the same method comes again.
+
+        Sizes then suit its groups, and no byte goes into filling them up.
+        """
+        first, *later = self.methods[at:]
+        later = later[: later.index(first)] if first in later else later
+        formats = [m for m in later if m in QUANTIZED]
+        unit = max((rank_unit(m, self.group_size) for m in formats), default=1)
+        return Packing(formats[-1], self.group_size, unit) if formats else None
+
+    def ranks(self, at: int, model: Transformer, chosen: Collection[Place]) -> dict[Place, tuple[int, int]]:
+        """Ranks for method number `at`, which is low-rank; a ConfigError where they save nothing."""
+        return choose_ranks(model, chosen, self.fraction, self.rank, self.packing(at))
+
+    def apply(
+        self,
+        at: int,
+        before: Transformer,
+        chosen: Collection[Place],
+        sample: Tensor | None,
+        text: Sequence[Batch] | None,
+        fed: Tensor | None = None,
+    ) -> tuple[Transformer, Any]:
+        """A new model after method number `at`, and what there is to tell, for :meth:`said`.
+
+        Args:
+            sample: MoE inputs [layers, N, D] that neurons are scored on.
+            text: what the experts are fed, for methods that look at it, as tokens to be sent through `before`.
+            fed: the same as MoE inputs, where there is no text.
+        """
+        method, packing = self.methods[at], self.packing(at)
+        if method == "neurons":
+            keep = neurons_to_keep(before, self.fraction, packing.unit if packing else 1)
+            return cut_neurons(before, keep, sample), None
+        after = copy.deepcopy(before)
+        inputs = {"sample": None if text else fed, "batches": text} if self.looks_at_inputs(at) else {}
+        if method == "magnitude":
+            norms = input_norms(after, self.score, **inputs) if inputs else None
+            prune_magnitude(after, self.fraction, self.scope, self.pattern, chosen, norms)
+            return after, None
+        if method == "low-rank":
+            return after, factor_experts(after, self.ranks(at, before, chosen), **inputs)
+        return after, _quantize(after, method, self.group_size, chosen)
+
+    def said(self, at: int, notes: Sequence[Any]) -> str:
+        """In a few words what method number `at` chose, from the notes of all layers."""
+        method = self.methods[at]
+        if method == "magnitude":
+            how = f"by {self.scope}" if self.pattern is None else f"{self.pattern[0]}:{self.pattern[1]}"
+            return f"{self.score}, {how}"
+        if method == "low-rank":
+            lost = "; the zeros before it did not survive" if "magnitude" in self.methods[:at] else ""
+            return sum(notes[1:], notes[0]).said() + lost
+        if method in QUANTIZED:
+            return ", ".join(
+                f"rank {a} filled up with zeros to {b}, whole groups" for a, b in sorted(set().union(*notes))
+            )
+        return ""
 
 
 @torch.no_grad()
@@ -116,52 +179,22 @@ def reduce(
         ConfigError: an unknown method, a fraction outside (0, 1), a combination that cannot work, a rank that saves
             nothing. DataError: statistics of another model.
     """
-    methods = [_method(m) for m in methods]
-    scope = scope or ("tensor" if score == "magnitude" else "row")
-    _check(methods, fraction, scope, score, pattern, rank)
-    chosen = _chosen(methods, experts, model)
-    packings = [_packing_after(methods[i:], group_size) for i in range(len(methods))]
+    job = Job(methods, fraction, scope, score, pattern, group_size, rank, whiten)
+    chosen = chosen_experts(job.methods, experts, model.config)
     if stats is not None and stats.model and stats.model != model_hash(model):
         raise DataError(f"the statistics are of model {stats.model}, this is model {model_hash(model)}")
-    if methods[:1] == ["low-rank"]:
-        choose_ranks(model, chosen, fraction, rank, packings[0])  # says no before any text is read
+    if job.methods[:1] == ("low-rank",):
+        job.ranks(0, model, chosen)  # says no before any text is read
     sample = None if stats is None else stats.sample
     text = None if batches is None else list(as_batches(batches, model.device))
-    if (whiten or score != "magnitude") and sample is None and text is None:
-        asks = "--whiten" if whiten else f"the score {score}"
-        raise ConfigError(f"{asks} looks at what experts are fed; give --data, or --stats recorded with --sample")
+    job.check_inputs(sample is not None or text is not None)
     if sample is None and text is not None:
         sample = record_routing(model, text, sample=SAMPLE).sample
     small, stages = model, []
-    for at, method in enumerate(methods):
-        before, detail = small, ""
-        small = (
-            cut_neurons(before, neurons_to_keep(before, fraction, packings[at].unit if packings[at] else 1), sample)
-            if method == "neurons"
-            else copy.deepcopy(before)
-        )
-        if method == "magnitude":
-            norms = None if score == "magnitude" else input_norms(small, score, sample, text)
-            prune_magnitude(small, fraction, scope, pattern, experts, norms)
-            detail = f"{score}, by {scope}" if pattern is None else f"{score}, {pattern[0]}:{pattern[1]}"
-        elif method == "low-rank":
-            ranks = choose_ranks(small, chosen, fraction, rank, packings[at])
-            fed = {"sample": None if text else sample, "batches": text} if whiten else {}
-            detail = factor_experts(small, ranks, **fed)
-            detail += "; the zeros before it did not survive" if "magnitude" in methods[:at] else ""
-        elif method in QUANTIZED:
-            detail = _quantize(small, method, group_size, chosen)
-        errors, zeros = _compare(before, small)
-        stages.append(
-            Stage(
-                method,
-                *(n for pair in zip(_sizes(before), _sizes(small)) for n in pair),
-                zeros,
-                errors,
-                None if sample is None else _output_errors(model, small, sample),
-                detail,
-            )
-        )
+    for at, method in enumerate(job.methods):
+        before = small
+        small, note = job.apply(at, before, chosen, sample, text, sample)
+        stages.append(Stage.of(method, before, small, model, sample)._replace(detail=job.said(at, [note])))
     return small, stages
 
 
@@ -190,20 +223,9 @@ def _check(methods, fraction, scope, score, pattern, rank) -> None:
         raise ConfigError(f"pattern {pattern[0]}:{pattern[1]}: expected N:M with 0 < N < M, such as 2:4")
 
 
-def _packing_after(methods: Sequence[str], group_size: int) -> Packing | None:
-    """The packing that what the first of `methods` makes will meet with, before the same method comes again.
-
-    Sizes then suit its groups, and no byte goes into filling them up.
-    """
-    first, *later = methods
-    later = later[: later.index(first)] if first in later else later
-    formats = [m for m in later if m in QUANTIZED]
-    return Packing(formats[-1], group_size, max(rank_unit(m, group_size) for m in formats)) if formats else None
-
-
-def _chosen(methods: Sequence[str], experts: Sequence[Place] | None, model: Transformer) -> Collection[Place]:
+def chosen_experts(methods: Sequence[str], experts: Sequence[Place] | None, config: ModelConfig) -> Collection[Place]:
     """The experts to touch; a ConfigError where the choice is not possible for a method."""
-    counts = [model.config.experts_in_layer(i) for i in range(len(model.blocks))]
+    counts = [config.experts_in_layer(i) for i in range(config.num_hidden_layers)]
     if experts is None:
         return {(i, e) for i, n in enumerate(counts) for e in range(n)}
     for layer, e in experts:
@@ -214,71 +236,15 @@ def _chosen(methods: Sequence[str], experts: Sequence[Place] | None, model: Tran
     return set(experts)
 
 
-# ------------------------------------------------------------------------------------------------------------ measuring
-
-
-def _weights(experts: Experts) -> list[Tensor | PackedWeight]:
-    return [getattr(experts, name) for name in _WEIGHTS]
-
-
-def _sizes(model: Transformer) -> tuple[int, int]:
-    """Bytes and count of all expert weights, as they are held."""
-    everything = [w for block in model.blocks for w in _weights(block.moe.experts)]
-    return (
-        sum(w.nbytes for w in everything),
-        sum(w.count if isinstance(w, PackedWeight) else w.numel() for w in everything),
-    )
-
-
-def _compare(old: Transformer, new: Transformer) -> tuple[tuple[float, ...] | None, int]:
-    """||W' - W|| / ||W|| of each layer (None where shapes changed), and zeros in what is stored now; expert by expert."""
-    same = old.config.intermediate_size == new.config.intermediate_size
-    errors, zeros = [], 0
-    for a, b in zip(old.blocks, new.blocks):
-        above, below = 0.0, 0.0
-        for first, second in zip(_weights(a.moe.experts), _weights(b.moe.experts)):
-            for e in range(second.shape[0]):
-                parts = matrices(second, e, torch.float32)
-                zeros += sum(int((part == 0).sum()) for part in parts)
-                if same:
-                    was = dense_matrix(first, e)
-                    now = parts[0] if len(parts) == 1 else parts[0] @ parts[1]
-                    above += float((was - now).square().sum(dtype=torch.float64))
-                    below += float(was.square().sum(dtype=torch.float64))
-        errors.append((above / max(below, 1e-300)) ** 0.5)
-    return tuple(errors) if same else None, zeros
-
-
-def mixture(moe: MoE, x: Tensor) -> Tensor:
-    """The MoE's output on x [N, D] in fp32, whatever its experts are held in."""
-    routing = moe.router(x.to(moe.router.weight.dtype))
-    y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for e in range(routing.logits.shape[-1]):
-        token, slot = (routing.indices == e).nonzero(as_tuple=True)
-        if len(token):
-            out = expert_output(moe.experts, e, x[token])[1]
-            y.index_add_(0, token, out * routing.weights[token, slot].unsqueeze(-1))
-    return y
-
-
-def _output_errors(old: Transformer, new: Transformer, sample: Tensor) -> tuple[float, ...]:
-    errors = []
-    for a, b, x in zip(old.blocks, new.blocks, sample):
-        x = x.to(old.device)
-        wanted = mixture(a.moe, x)
-        errors.append(float((mixture(b.moe, x) - wanted).norm() / wanted.norm().clamp(min=1e-30)))
-    return tuple(errors)
-
-
 # ------------------------------------------------------------------------------------------------------- quantization
 
 
-def _quantize(model: Transformer, format: str, group_size: int, chosen: Collection[Place]) -> str:
-    """Encode the weights of the experts `chosen`, in place, factors as factors; in a few words what had to be added."""
+def _quantize(model: Transformer, format: str, group_size: int, chosen: Collection[Place]) -> set[tuple[int, int]]:
+    """Encode the weights of the experts `chosen`, in place, factors as factors; ranks that had to be filled up, and to what."""
     options = {"group_size": group_size} if format == "int4" else {}
     padded = set()
 
-    def encoded(weight: Tensor | PackedWeight) -> Tensor | PackedWeight:
+    def encoded(weight: Stack) -> Stack:
         if isinstance(weight, Tensor):
             return PackedWeight.encode(weight, format, **options)
         if weight.factors:
@@ -298,5 +264,5 @@ def _quantize(model: Transformer, format: str, group_size: int, chosen: Collecti
     for layer, block in enumerate(model.blocks):
         experts = block.moe.experts
         mine = sorted(e for i, e in chosen if i == layer)
-        replace_experts(experts, {e: [encoded(one(w, e)) for w in _weights(experts)] for e in mine})
-    return ", ".join(f"rank {a} filled up with zeros to {b}, whole groups" for a, b in sorted(padded))
+        replace_experts(experts, {e: [encoded(one(w, e)) for w in expert_stacks(experts)] for e in mine})
+    return padded

@@ -347,11 +347,16 @@ def record_checkpoint(
     choices = [chosen.choose(batch.real_tokens) for batch in waiting] if chosen else []
     layers = stream_layers(checkpoint, device, dtype)
     layers = tqdm(layers, total=stats.num_layers, desc="recording layers", disable=None)
-    info = checkpoint.reader[checkpoint.stored_names("embed.weight")[0]]
-    compute = info.dtype if dtype == "auto" else pick_dtype(str(dtype).removeprefix("torch."), torch.device(device))
-    hidden = [_embed(info, batch.tokens).to(device, compute) for batch in waiting]
+    hidden = [embedded(checkpoint, batch.tokens, device, dtype) for batch in waiting]
     walk(config, hidden, layers, waiting, observer(stats, chosen, choices))
     return finish(stats, seen, chosen)
+
+
+def embedded(checkpoint: Checkpoint, tokens: Tensor, device: str | torch.device, dtype: str | torch.dtype) -> Tensor:
+    """Embeddings [B, S, D] of tokens, on `device`, in `dtype` (auto: as stored), by their rows on disk."""
+    info = checkpoint.reader[checkpoint.stored_names("embed.weight")[0]]
+    compute = info.dtype if dtype == "auto" else pick_dtype(str(dtype).removeprefix("torch."), torch.device(device))
+    return _embed(info, tokens).to(device, compute)
 
 
 def _embed(embedding: TensorInfo, tokens: Tensor) -> Tensor:

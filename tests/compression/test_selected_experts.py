@@ -17,6 +17,7 @@ from xmoe.compression.merge import merge
 from xmoe.compression.plan import PrunePlan, plan_pruning
 from xmoe.compression.reduce import reduce
 from xmoe.compression.routing import record_checkpoint, record_routing
+from xmoe.compression.sweep import pruned_bytes
 from xmoe.compression.verify import verify
 from xmoe.errors import CheckpointError, ConfigError
 from xmoe.kernels import dispatch
@@ -160,6 +161,7 @@ def test_masked_is_pruned_and_a_cut_is_proved(mixed, tokens, tmp_path):
     ) == [0]
     save(mixed, tmp_path / "source")
     prune_checkpoint(tmp_path / "source", plan, tmp_path / "cut")
+    assert pruned_bytes(mixed, plan) == ShardReader(tmp_path / "cut").total_bytes
     back, _ = load(tmp_path / "cut")
     assert torch.equal(back(tokens).logits, masked.logits)
     assert {n: t.tolist() for n, t in back.state_dict().items()} == {
@@ -257,6 +259,21 @@ def test_other_layouts_decode_it_and_keep_the_bytes_they_share(model, tokens, tm
     save(packed, tmp_path / "source", "hf-mxfp4")
     save_changed(small, tmp_path / "source", tmp_path / "out", [{"name": "reduce", **stage._asdict()}])
     assert Checkpoint(tmp_path / "out").layout.name == "native"  # the source's own cannot hold it
+
+
+@torch.no_grad()
+def test_weights_in_the_order_of_the_cuda_kernels_are_zeroed_too(model):
+    """They answer with copies of their bytes, into which nothing must be written."""
+    from xmoe.kernels.cuda import backend
+
+    packed, _ = reduce(model, ["mxfp4"])
+    expected, _ = reduce(packed, ["magnitude"], 0.5)
+    assert backend.prepare(packed) == 6
+    found, (stage,) = reduce(packed, ["magnitude"], 0.5)
+    assert all(
+        torch.equal(a, b) for a, b in zip(found.state_dict().values(), expected.state_dict().values(), strict=True)
+    )
+    assert stage.zeros >= stage.weights_after // 2
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from xmoe.model.experts import Experts
 from xmoe.model.transformer import Transformer
 from xmoe.quantization.compound import Stack, assemble
 from xmoe.quantization.low_rank import factor
-from xmoe.quantization.packed import PackedWeight, dense_matrix, form
+from xmoe.quantization.packed import PackedWeight, dense_matrix, form, one
 
 WEIGHTS = ("gate_up", "down")
 
@@ -190,11 +190,6 @@ def _factors(weight: Stack, rank: int, moment: Tensor | None) -> PackedWeight:
     dtype = factor_dtype(weight)
     factors = {"left": found.left, "right": found.right}
     return PackedWeight("low-rank", {n: f.to(dtype).to(where).unsqueeze(0) for n, f in factors.items()})
-
-
-def one(weight: Stack, e: int) -> Stack:
-    """Expert e of a stack as a stack of one, in the form that it has."""
-    return weight.expert(e) if isinstance(weight, PackedWeight) else weight[e : e + 1].detach()
 
 
 def replace_experts(experts: Experts, made: Mapping[int, Sequence[Stack]]) -> None:

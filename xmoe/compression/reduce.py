@@ -28,7 +28,7 @@ from torch import Tensor
 
 from xmoe.compression.identity import model_hash
 from xmoe.compression.layerwise import Batch, as_batches
-from xmoe.compression.low_rank import Packing, Place, choose_ranks, factor_experts, one, replace_experts
+from xmoe.compression.low_rank import Packing, Place, choose_ranks, factor_experts, replace_experts
 from xmoe.compression.magnitude import SCOPES, SCORES, input_norms, prune_magnitude
 from xmoe.compression.neurons import cut_neurons, neurons_to_keep
 from xmoe.compression.reduction_report import Stage, expert_stacks
@@ -37,7 +37,7 @@ from xmoe.errors import ConfigError, DataError
 from xmoe.model.config import ModelConfig
 from xmoe.model.transformer import Transformer
 from xmoe.quantization.compound import Stack, pack_factors, rank_unit
-from xmoe.quantization.packed import PackedWeight
+from xmoe.quantization.packed import PackedWeight, one
 
 METHODS = ("magnitude", "neurons", "low-rank", "int8", "int4", "mxfp4")
 QUANTIZED = ("int8", "int4", "mxfp4")

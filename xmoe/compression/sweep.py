@@ -18,6 +18,8 @@ from xmoe.compression.plan import PrunePlan, plan_pruning
 from xmoe.compression.routing import RoutingStats
 from xmoe.model.perplexity import NOT_SCORED, mean_loss, perplexity
 from xmoe.model.transformer import Transformer
+from xmoe.quantization.compound import MixedWeight
+from xmoe.quantization.packed import one
 
 
 class SweepRow(NamedTuple):
@@ -92,10 +94,16 @@ def pruned_bytes(model: Transformer, plan: PrunePlan) -> int:
     total = 0
     for name, tensor in model.state_dict().items():
         if ".moe.router." in name or ".moe.experts." in name:
+            if any(f".moe.experts.{weight}." in f"{name}." for weight in ("gate_up", "down")):
+                continue  # below: experts may differ in form
             layer = int(name.split(".")[1])
             total += tensor.nbytes // plan.num_experts[layer] * plan.counts[layer]
         else:
             total += tensor.nbytes
+    for block, kept in zip(model.blocks, plan.kept):
+        for weight in (block.moe.experts.gate_up, block.moe.experts.down):
+            total += sum(one(weight, e).nbytes for e in kept)
+            total += len(kept) if isinstance(weight, MixedWeight) else 0  # which part each is in
     return total
 
 

@@ -217,6 +217,11 @@ def leaves(weight: Tensor | PackedWeight, e: int) -> list[tuple[str, Tensor | Pa
     return [("", weight, e)] if isinstance(weight, Tensor) else weight.leaves(e)
 
 
+def one(weight: Tensor | PackedWeight, e: int) -> Tensor | PackedWeight:
+    """Expert e of a stack as a stack of one, in the form that it has: views where that is possible."""
+    return weight.expert(e) if isinstance(weight, PackedWeight) else weight[e : e + 1].detach()
+
+
 def form(weight: Tensor | PackedWeight) -> str:
     """A few words for what a weight is held in: a packed format, or the name of a dense one's dtype."""
     return weight.format if isinstance(weight, PackedWeight) else str(weight.dtype).removeprefix("torch.")

@@ -28,7 +28,7 @@ def arguments(argv: list[str] | None):
     p.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: less repetition")
     p.add_argument("--max-new-tokens", type=int, metavar="N", help="(default: 256; 4096 with Harmony)")
     p.add_argument("--hide-analysis", action="store_true", help="do not show the model's thoughts (Harmony)")
-    p.add_argument("--huge-pages", action="store_true", help="CPU: copy the weights into huge pages, faster decoding")
+    p.add_argument("--huge-pages", action="store_true", help="CPU: read the weights into huge pages, faster decoding")
     p.add_argument("--adapter", metavar="DIR", help="speak with an adapter trained beside this checkpoint")
     p.add_argument("--plan", metavar="PLAN", help="try a pruning plan without cutting")
     draft = p.add_mutually_exclusive_group()

@@ -1,4 +1,4 @@
-"""Tensors read into huge pages are those of the file; what is small or left out stays mapped; a file cut short is told."""
+"""Tensors in huge pages are those of the file, read or, where they lie so, mapped; a file cut short is told."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from xmoe.checkpoint import huge_pages
 from xmoe.checkpoint.huge_pages import HugePageReader
-from xmoe.checkpoint.shards import SINGLE, ShardReader, ShardWriter
+from xmoe.checkpoint.shards import ALIGNMENT, SINGLE, ShardReader, ShardWriter
 from xmoe.checkpoint.weights import load
 from xmoe.errors import CheckpointError
 from xmoe.kernels import memory
@@ -17,7 +17,7 @@ from xmoe.kernels import memory
 needs_huge_pages = pytest.mark.skipif(
     memory.empty_in_huge_pages((memory.HUGE,), torch.uint8) is None, reason="a system without huge pages"
 )
-TENSORS = {"a": (torch.bfloat16, (301, 97)), "b": (torch.uint8, (5, 9001)), "c": (torch.float32, (33,))}
+TENSORS = {"a": (torch.bfloat16, (304, 96)), "b": (torch.uint8, (5, 9001)), "c": (torch.float32, (33,))}
 
 
 @pytest.fixture
@@ -48,6 +48,48 @@ def test_they_are_read_and_not_mapped(folder):
         f.seek(ShardReader(folder)["a"].start)
         f.write(b"\xff" * 50)
     assert torch.equal(a.float(), wide)
+
+
+@needs_huge_pages
+def test_a_shard_that_lies_in_huge_pages_stays_mapped(folder, monkeypatch):
+    """But for tensors at odd addresses, which would be copied anyway."""
+    monkeypatch.setattr(huge_pages, "HUGE", 4096)
+    asked = []
+    monkeypatch.setattr(huge_pages, "_huge_bytes", lambda address: asked.append(address) or 1 << 40)
+    plain, reader, late = ShardReader(folder), HugePageReader(folder), HugePageReader(folder)
+    mapped = []
+    for name in ("a", "b"):
+        found = reader.tensor(name)
+        assert torch.equal(found, plain.tensor(name)) and found.dtype == TENSORS[name][0]
+        assert reader.settle(found) is found
+        if 0 <= found.data_ptr() - asked[0] < os.path.getsize(folder / SINGLE):
+            mapped.append(name)
+    assert len(asked) == 1, "the kernel is asked once a shard"
+    assert mapped == [name for name in ("a", "b") if plain[name].start % ALIGNMENT == 0] and len(mapped) == 1
+    os.truncate(folder / SINGLE, os.path.getsize(folder / SINGLE) // 3)
+    with pytest.raises(CheckpointError, match="was shortened while"):
+        for name in ("a", "b"):
+            late.tensor(name)
+
+
+@needs_huge_pages
+def test_it_stays_mapped_only_if_most_of_it_lies_so(folder, monkeypatch):
+    """The share is of what is wanted: windows of tensors that are left out are neither touched nor counted."""
+    monkeypatch.setattr(huge_pages, "HUGE", 4096)
+    info = ShardReader(folder)["a"]
+    file, size = folder / SINGLE, os.path.getsize(folder / SINGLE)
+    every = size // 4096
+    without = sum(1 for i in range(every) if i * 4096 >= info.stop or (i + 1) * 4096 <= info.start)
+    assert 0 < without < every - 2
+    for left, count in ([], every), ([info], without):
+        for share, stays in (0.95, True), (0.85, False):
+            monkeypatch.setattr(huge_pages, "_huge_bytes", lambda _, n=share * count * 4096: n)
+            assert (huge_pages._mapped_in_huge_pages(file, left) is not None) == stays
+    assert huge_pages._mapped_in_huge_pages(folder / "absent", []) is None
+
+
+def test_memory_that_is_no_file_has_no_huge_pages_of_one():
+    assert huge_pages._huge_bytes(torch.ones(5).data_ptr()) == 0 and huge_pages._huge_bytes(1) == 0
 
 
 @needs_huge_pages

@@ -566,7 +566,7 @@ def recover_flags(p: argparse.ArgumentParser) -> None:
         "--train",
         default="routers",
         metavar="routers|experts|all",
-        help="(default: routers) packed experts are trained in fp32, 16 bytes a parameter, and packed again",
+        help="(default: routers) packed experts are trained in fp32, 24 bytes a weight, and packed again",
     )
     p.add_argument("--steps", type=int, default=200, metavar="N", help="(default: 200)")
     p.add_argument("--lr", type=float, metavar="LR", help="peak learning rate")
@@ -606,12 +606,12 @@ def recover(args: argparse.Namespace) -> int:
     )
     if result.stored is not None:
         summary |= {"before_kl": result.before, "trained_kl": result.trained, "stored_kl": result.stored}
-        won, back = result.before - result.trained, result.stored - result.trained
         text += (
             f"; on the first tokens of the text {result.before:.4f} before, {result.trained:.4f} in floating point, "
             f"{result.stored:.4f} stored as {' and '.join(packed)}"
         )
-        text += f": rounding took {back / won:.0%} of it back" if won > 0 else ""
+        if result.stored > result.before:
+            text += ": MORE than before, so keep the model as it was or try a smaller --lr"
     say(args, summary | {"first_kl": first, "last_kl": last}, text)
     return 0
 

@@ -93,7 +93,7 @@ def test_packed_experts_are_trained_and_packed_again_as_they_were(pruned, model,
     result = recover(student, model, [tokens], train=train, steps=40, lr=2e-3)
     assert result.before == pytest.approx(gap, rel=1e-4) == pytest.approx(result.losses[0], rel=1e-4)
     assert result.stored == pytest.approx(float(kl(student, model, tokens).detach()), rel=1e-4)
-    assert result.trained <= result.stored * 1.01 and result.stored < 0.9 * result.before
+    assert result.stored < 0.9 * result.before and result.stored < min(result.losses[:10])
     after = student.state_dict()
     assert list(after) == list(before)
     assert held == [inside(getattr(b.moe.experts, name)) for b in student.blocks for name in ("gate_up", "down")]

@@ -79,6 +79,32 @@ def test_encoded_again_like_itself(weight, format, options, _):
     assert (other.decode([3], torch.float32)[0] - dense[3]).norm() < 0.16 * dense[3].norm()
 
 
+@pytest.mark.parametrize(("format", "options", "_"), CASES)
+def test_values_snap_to_what_the_scales_can_hold(weight, format, options, _):
+    """Each to the nearest of all values that a code gives at the scale of its group; and these are what is encoded."""
+    packed = PackedWeight.encode(weight * torch.logspace(-3, 3, 5).view(5, 1, 1), format, **options)
+    dense = packed.decode(dtype=torch.float32)
+    assert torch.equal(packed.snap(dense), dense)
+    moved = dense + 0.3 * weight * dense.abs().amax(-1, keepdim=True)
+    moved[2, 3, :40] = 0.0
+    found = packed.snap(moved)
+    group = packed.group if format != "mxfp4" else 32
+    codes = {"mxfp4": [s * v for v in mxfp4.VALUES for s in (1, -1)]}.get(format)
+    if codes is None:
+        top = 127 if format == "int8" else 7
+        codes = range(top * 2 + 2) if "affine" in options else range(-top, top + 1)
+    scales = packed.scales.float() if format != "mxfp4" else torch.exp2(packed.scales.double() - 127).float()
+    zeros = packed.zeros.float() if "affine" in options else torch.zeros_like(scales)
+    values = (torch.tensor(list(codes), dtype=torch.float32) - zeros.unsqueeze(-1)) * scales.unsqueeze(-1)
+    distance = (moved.unflatten(-1, (-1, group)).unsqueeze(-1) - values.unsqueeze(-2)).abs().amin(-1).flatten(-2)
+    torch.testing.assert_close((found - moved).abs(), distance, rtol=1e-5, atol=0)
+    again = packed.encode_at(moved)
+    assert torch.equal(again.decode(dtype=torch.float32), found)
+    assert all(torch.equal(a, packed.tensors[n]) for n, a in again.tensors.items() if n in ("scales", "zeros"))
+    same = packed.encode_at(dense)
+    assert all(torch.equal(a, b) for a, b in zip(same.tensors.values(), packed.tensors.values(), strict=True))
+
+
 def test_on_the_meta_device():
     packed = PackedWeight(
         "mxfp4",

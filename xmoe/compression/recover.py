@@ -7,10 +7,10 @@ The student learns to give the next-token distribution of the teacher on any tex
 Training the routers alone ("Router KD", arXiv 2603.02217) moves 2.2 million parameters on gpt-oss-20b: after a cut they
 still send tokens by what the missing experts would have done. Experts may stay packed for that.
 
-Packed experts can be trained themselves: they are decoded to fp32 meanwhile, 16 bytes a parameter with gradient and
-moments (:func:`xmoe.compression.unpacked.memory` says how much), and encoded again at the end in the form they had.
-Low-rank weights are trained as factors. Rounding takes some of it back; :class:`Recovery` has the loss before, at the end
-in floating point, and after encoding.
+Packed experts can be trained themselves: they are decoded to fp32 meanwhile, 24 bytes a weight with gradient, moments and
+what the kernels see (:func:`xmoe.compression.unpacked.memory` says how much), and encoded again at the end in the form they
+had. Low-rank weights are trained as factors. Training sees the rounded weights, so that it learns to live with what will
+be stored; :class:`Recovery` has the loss before, at the end without rounding, and as stored.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Recovery(NamedTuple):
     """losses: KL in nats a token, one a step. parameters: how many were trained. tokens: how many were seen.
 
     before, trained, stored: where packed experts were trained, the mean KL over the first :data:`MEASURED` tokens before
-    the first step, after the last in floating point, and as the experts are encoded again; else None.
+    the first step, after the last in floating point, and as the experts are encoded again; else None. The weights are
+    trained to be rounded, so `trained`, which leaves that out, may be the larger of the last two.
     """
 
     losses: list[float]
@@ -129,7 +130,7 @@ def recover(
                 on_step(step, loss)
         if held is not None:
             with torch.no_grad():
-                held.compose()
+                held.compose(rounded=False)
             trained = divergence(student, teacher, data, autocast)
     student.eval()
     stored = divergence(student, teacher, data) if packed else None

@@ -1,7 +1,10 @@
 """Packed experts while they are trained: decoded to fp32, and encoded again in the form they had.
 
 A number format becomes its decoded values, a low-rank weight its two factors, a mixed one those of every part; each is a
-parameter. What the kernels see is composed of them before every pass: factors are multiplied out, parts put together.
+parameter. What the kernels see is composed of them before every pass: factors are multiplied out, parts put together, and
+values of a number format rounded to what its codes and the scales it has can hold, so that training knows what will be
+stored. Gradients pass the rounding as if it were not there ("straight-through", arXiv 1308.3432): the parameters go on in
+fp32, and add up steps too small to be seen.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from xmoe.quantization.packed import PackedWeight
 
 _NAMES = ("gate_up", "down")
 _TRAINED, _COMPOSED = 16, 8
-"""Bytes: a parameter has value, gradient and two moments in fp32, what is composed of them value and gradient."""
+"""Bytes: a parameter has value, gradient and two moments in fp32, what the kernels see value and gradient."""
 
 
 class Held:
@@ -30,7 +33,7 @@ class Held:
     """
 
     def __init__(self, weight: Tensor | PackedWeight):
-        self._weight = weight
+        self._weight = weight.map(lambda t: t) if isinstance(weight, PackedWeight) else weight  # in the file's order
         self._within: list[Held] = []
         self.parameters: list[nn.Parameter] = []
         if isinstance(weight, MixedWeight):
@@ -43,11 +46,19 @@ class Held:
         for part in self._within:
             self.parameters += part.parameters
 
-    def compose(self) -> Tensor:
-        """The dense stack [E, out, in] that the parameters mean now; gradients flow back through it."""
+    def compose(self, rounded: bool = True) -> Tensor:
+        """The dense stack [E, out, in] that the parameters mean now; gradients flow back through it.
+
+        rounded: to what can be stored, where the weight is held in a packed number format.
+        """
         if not self._within:
-            return self.parameters[0]
-        parts = [part.compose() for part in self._within]
+            (whole,) = self.parameters
+            if not rounded or not isinstance(self._weight, PackedWeight):
+                return whole
+            with torch.no_grad():
+                change = self._weight.snap(whole).sub_(whole)
+            return whole + change
+        parts = [part.compose(rounded) for part in self._within]
         if not isinstance(self._weight, MixedWeight):
             return torch.bmm(*parts)
         order = [e for ids in self._weight.members.values() for e in ids]
@@ -65,7 +76,7 @@ class Held:
         if made:
             return PackedWeight("low-rank", dict(zip(("left", "right"), made)))
         dense = self.parameters[0].detach()
-        return weight.encode_like(dense) if isinstance(weight, PackedWeight) else dense.to(weight.dtype)
+        return weight.encode_at(dense) if isinstance(weight, PackedWeight) else dense.to(weight.dtype)
 
 
 class Unpacked:
@@ -85,10 +96,10 @@ class Unpacked:
     def parameters(self) -> list[nn.Parameter]:
         return [p for _, _, held in self._places for p in held.parameters]
 
-    def compose(self) -> None:
-        """Give the kernels the weights that the parameters mean now."""
+    def compose(self, rounded: bool = True) -> None:
+        """Give the kernels the weights that the parameters mean now; see :meth:`Held.compose`."""
         for experts, name, held in self._places:
-            experts.__dict__[name] = held.compose()  # not registered: it is no parameter of the model
+            experts.__dict__[name] = held.compose(rounded)  # not registered: it is no parameter of the model
 
     def encode(self) -> None:
         """Put the experts back in the forms they had."""
@@ -128,6 +139,5 @@ def memory(model: Transformer) -> int:
         for weight in (getattr(block.moe.experts, name) for name in _NAMES):
             if isinstance(weight, PackedWeight):
                 whole = weight.shape[0] * weight.shape[1] * weight.shape[2]
-                composed = weight.format == "mixed" or bool(weight.factors)
-                total += weight.count * _TRAINED + (whole * _COMPOSED if composed else 0)
+                total += weight.count * _TRAINED + whole * _COMPOSED
     return total

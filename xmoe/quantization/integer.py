@@ -56,6 +56,32 @@ def decode_int4(tensors: dict[str, Tensor], dtype: torch.dtype = torch.bfloat16)
     return _decode(q if "zeros" in tensors else q - 8, tensors, dtype)
 
 
+def snap(weight: Tensor, tensors: dict[str, Tensor], bits: int) -> Tensor:
+    """The nearest values to `weight` [..., in], float32, that groups with these scales (and zero points) can hold."""
+    q, zero, scale = _codes_at(weight, tensors, bits)
+    return (q - zero).mul_(scale).flatten(-2)
+
+
+def encode_at(weight: Tensor, tensors: dict[str, Tensor], bits: int) -> Tensor:
+    """`values` of `weight` [..., in], float32, where scales (and zero points) stay: what :func:`snap` gives."""
+    q = _codes_at(weight, tensors, bits)[0].flatten(-2)
+    if bits == 8:
+        return q.to(tensors["values"].dtype)
+    q = (q if "zeros" in tensors else q + 8).to(torch.uint8)
+    return q[..., 0::2] | q[..., 1::2] << 4
+
+
+def _codes_at(weight: Tensor, tensors: dict[str, Tensor], bits: int) -> tuple[Tensor, Tensor | float, Tensor]:
+    """Codes [..., groups, g] as float32, the code of zero, and the scales [..., groups, 1]."""
+    scale = tensors["scales"].float().unsqueeze(-1)
+    q = torch.round(weight.unflatten(-1, (scale.shape[-2], -1)) / _divisor(scale.squeeze(-1)))
+    if "zeros" not in tensors:
+        top = 2 ** (bits - 1) - 1
+        return q.clamp_(-top, top), 0.0, scale
+    zero = tensors["zeros"].float().unsqueeze(-1)
+    return q.add_(zero).clamp_(0, 2**bits - 1), zero, scale
+
+
 def _encode(weight: Tensor, bits: int, group_size: int, affine: bool, scales: Tensor | None) -> dict[str, Tensor]:
     width = weight.shape[-1]
     if group_size < 1 or width % group_size or (bits == 4 and width % 2):

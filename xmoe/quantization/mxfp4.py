@@ -42,6 +42,7 @@ _MIN_EXPONENT, _MAX_EXPONENT = -127, 125
 # Groups handled at a time: large enough to drown the call overhead, small enough for the cache.
 _CHUNK = 1 << 16
 _ENCODE_CHUNK = 1 << 12
+_ROWS = 1 << 10
 
 
 def decode(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16, out: Tensor | None = None) -> Tensor:
@@ -101,6 +102,32 @@ def encode(weight: Tensor, rule: str = "best") -> tuple[Tensor, Tensor]:
             part = slice(start, start + _ENCODE_CHUNK)
             blocks[part], scales[part] = _encode_groups(groups[part], rule)
     return blocks.view(*lead, width // GROUP, GROUP // 2), scales.view(*lead, width // GROUP)
+
+
+def snap(weight: Tensor, scales: Tensor) -> Tensor:
+    """The nearest values to `weight` [..., in], float32, that groups with these `scales` can hold; far ones saturate.
+
+    Several times faster than to encode and decode; for training that knows of the rounding to come.
+    """
+    groups = weight.unflatten(-1, (-1, GROUP))
+    step = (
+        torch.exp2(torch.arange(256, dtype=torch.float64) - 127).float().to(weight.device)[scales.long()].unsqueeze(-1)
+    )
+    size = _rounded((groups.abs() / step).clamp_(max=VALUES[-1]))
+    return torch.copysign(size.mul_(step), groups).flatten(-2)
+
+
+def encode_at(weight: Tensor, scales: Tensor) -> Tensor:
+    """Blocks uint8 [..., G, 16] of `weight` [..., in], float32, in groups that keep these `scales`: what :func:`snap` gives."""
+    blocks = torch.empty(*scales.shape, GROUP // 2, dtype=torch.uint8, device=weight.device)
+    rows = weight.reshape(-1, weight.shape[-1])
+    for row, own, out in zip(rows.split(_ROWS), scales.flatten(0, -2).split(_ROWS), blocks.flatten(0, -3).split(_ROWS)):
+        groups = row.unflatten(-1, (-1, GROUP))
+        step = torch.exp2(own.cpu().double() - 127).float().to(weight.device).unsqueeze(-1)
+        codes = _codes(_rounded((groups.abs() / step).clamp_(max=VALUES[-1])))
+        codes |= ((groups < 0) & (codes > 0)).to(torch.uint8) << 3
+        out.copy_(codes[..., 0::2] | codes[..., 1::2] << 4)
+    return blocks
 
 
 def check_scales(scales: Tensor, name: str = "scales") -> None:

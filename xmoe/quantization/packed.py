@@ -67,6 +67,9 @@ FORMATS: dict[str, Format] = {
 }
 
 
+_BITS = {"int8": 8, "int4": 4}
+
+
 class PackedWeight(nn.Module):
     """Expert matrices [E, out, in] held packed.
 
@@ -155,6 +158,19 @@ class PackedWeight(nn.Module):
             affine = hasattr(self, "zeros")
             options = {"affine": affine, "group_size": self.group, "scales": None if affine else self.scales}
         return PackedWeight.encode(dense, self.format, **options)
+
+    def snap(self, dense: Tensor) -> Tensor:
+        """The nearest values to `dense` (of this shape, float32) that the scales of this weight can hold."""
+        if self.format == "mxfp4":
+            return mxfp4.snap(dense, self.tensors["scales"])
+        return integer.snap(dense, self.tensors, _BITS[self.format])
+
+    def encode_at(self, dense: Tensor) -> PackedWeight:
+        """`dense` (of this shape, float32) in the codes nearest to it, all scales as they are: holds what :meth:`snap` gives."""
+        tensors = self.tensors
+        if self.format == "mxfp4":
+            return PackedWeight("mxfp4", tensors | {"blocks": mxfp4.encode_at(dense, tensors["scales"])})
+        return PackedWeight(self.format, tensors | {"values": integer.encode_at(dense, tensors, _BITS[self.format])})
 
     def select_experts(self, ids: Sequence[int] | Tensor) -> PackedWeight:
         """A new weight that holds copies of the experts `ids`, bytes unchanged, in that order."""

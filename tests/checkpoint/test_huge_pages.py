@@ -64,7 +64,7 @@ def test_a_shard_that_lies_in_huge_pages_stays_mapped(folder, monkeypatch):
         assert reader.settle(found) is found
         if 0 <= found.data_ptr() - asked[0] < os.path.getsize(folder / SINGLE):
             mapped.append(name)
-    assert len(asked) == 1, "the kernel is asked once a shard"
+    assert len(set(asked)) == 1, "a shard is mapped once"
     assert mapped == [name for name in ("a", "b") if plain[name].start % ALIGNMENT == 0] and len(mapped) == 1
     os.truncate(folder / SINGLE, os.path.getsize(folder / SINGLE) // 3)
     with pytest.raises(CheckpointError, match="was shortened while"):

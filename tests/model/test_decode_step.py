@@ -37,12 +37,21 @@ def dense_model() -> Transformer:
     return randomize(Transformer(DENSE)).eval()
 
 
-def packed_model(config: ModelConfig = CONFIG) -> Transformer:
-    model = randomize(Transformer(config)).eval()
+def packed_model(format: str = "mxfp4", **options) -> Transformer:
+    model = randomize(Transformer(CONFIG)).eval()
     for block in model.blocks:
         for name in ("gate_up", "down"):
-            block.moe.experts.pack(name, PackedWeight.encode(getattr(block.moe.experts, name).detach(), "mxfp4"))
+            weight = getattr(block.moe.experts, name).detach()
+            block.moe.experts.pack(name, PackedWeight.encode(weight, format, **options))
     return model
+
+
+MODELS = {
+    "mxfp4": packed_model,
+    "dense": dense_model,
+    "int8": lambda: packed_model("int8"),
+    "int4 affine": lambda: packed_model("int4", affine=True),
+}
 
 
 class Calls:
@@ -94,8 +103,8 @@ def same(found, expected) -> None:
                 torch.testing.assert_close(ours.output_norm, theirs.output_norm, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [packed_model, dense_model], ids=["packed", "dense"])
-@settings(max_examples=25, deadline=None)
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
+@settings(max_examples=15, deadline=None)
 @given(
     chunks=st.lists(st.integers(1, 5), min_size=2, max_size=10), prompt=st.integers(5, 17), batch=st.integers(1, 4),
     padding=st.integers(0, 3), rollback=st.sampled_from([0, 4]), norms=st.booleans(),
@@ -114,7 +123,7 @@ def test_equals_the_modules(make, chunks, prompt, batch, padding, rollback, norm
     same(generate(model, [prompt, *chunks], **arguments), generate(model, [prompt, *chunks], in_c=False, **arguments))
 
 
-@pytest.mark.parametrize("make", [packed_model, dense_model], ids=["packed", "dense"])
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
 def test_takes_a_handful_of_rows_and_leaves_the_rest_to_the_modules(make, calls):
     model = make()
     generate(model, [17, 1, 2, 3, 16], rollback=15)
@@ -125,7 +134,7 @@ def test_takes_a_handful_of_rows_and_leaves_the_rest_to_the_modules(make, calls)
         assert calls.count == 2 * CONFIG.num_hidden_layers
 
 
-@pytest.mark.parametrize("make", [packed_model, dense_model], ids=["packed", "dense"])
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
 def test_bf16_is_as_near_to_fp32_as_the_modules_are(make):
     """All experts chosen, so that no router near a tie decides between them."""
     model = make()

@@ -20,6 +20,7 @@ from xmoe.kernels.adapter import Adapter
 from xmoe.kernels.cpu import backend as cpu
 from xmoe.kernels.cpu import decode_step as cpu_decode_step
 from xmoe.kernels.cpu import packed as cpu_packed
+from xmoe.kernels.cpu.products import FORMS, packed_parts, takes_packed
 from xmoe.kernels.cuda import backend as triton_backend
 from xmoe.quantization.packed import PackedWeight
 
@@ -146,7 +147,7 @@ def experts(
 ) -> tuple[Tensor, Tensor | None]:
     """See :func:`xmoe.kernels.reference.experts`."""
     dense = isinstance(gate_up, Tensor) and isinstance(down, Tensor)
-    packed = packed_in_c(gate_up, down)
+    packed = not isinstance(gate_up, Tensor) and not isinstance(down, Tensor) and cpu_packed.takes(gate_up, down)
     backend = _choose(
         x, c_takes=packed or cpu.takes(gate_up, down), triton_takes=dense or triton_backend.takes(gate_up, down)
     )
@@ -170,9 +171,20 @@ def decode_step(x: Tensor) -> Callable | None:
     return cpu_decode_step.decode_step
 
 
-def packed_in_c(gate_up: Tensor | PackedWeight, down: Tensor | PackedWeight) -> bool:
-    """Whether the C kernels take experts held like these as they are packed."""
-    return not isinstance(gate_up, Tensor) and not isinstance(down, Tensor) and cpu_packed.takes(gate_up, down)
+def decode_stacks(
+    gate_up: Tensor | PackedWeight, down: Tensor | PackedWeight
+) -> tuple[cpu_decode_step.Stack, cpu_decode_step.Stack] | None:
+    """The expert weights of a layer as the decode step takes them; None where it takes no such form, or not both together."""
+    found = []
+    for weight in (gate_up, down):
+        if isinstance(weight, Tensor):
+            found.append(cpu_decode_step.Stack(weight))
+        elif takes_packed(weight):
+            found.append(cpu_decode_step.Stack(*packed_parts(weight)))
+        else:
+            return None
+    mxfp4 = [stack.form == FORMS["mxfp4"] for stack in found]  # which has a kernel of its own
+    return tuple(found) if mxfp4[0] == mxfp4[1] else None
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Which steps of generation one call in C takes, and what it needs of the modules: see `xmoe.kernels.cpu.decode_step`.
 
-It serves a few tokens behind a cache on the CPU, where nothing is unusual: experts in MXFP4 or as they were trained, one
-dtype, no gradients, no adapters, no hooks, no other dispatcher. Everything else goes from module to module as always, with
-the same result up to rounding.
+It serves a few tokens behind a cache on the CPU, where nothing is unusual: experts dense or packed, one dtype, no gradients,
+no adapters, no hooks, no other dispatcher. Everything else goes from module to module as always, with the same result up
+to rounding.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def take(
         return None
     found = run(
         x, cos.contiguous(), sin.contiguous(), positions.contiguous(), layers, rooms, choices,
-        heads=attention.heads, eps=eps, norms=norms,
+        heads=attention.heads, intermediate_size=blocks[0].moe.experts.down.shape[2], eps=eps, norms=norms,
     )  # fmt: skip
     return tuple(Routing(*each) for each in found)
 
@@ -79,20 +79,18 @@ def _layer(block: nn.Module, dtype: torch.dtype) -> Layer | None:
     if any(adapter is not None for adapter in adapted):
         return None
     weights = experts._parameters
-    if "gate_up" in weights and "down" in weights:
-        gate_up, down = (weights["gate_up"], None), (weights["down"], None)
-    elif dispatch.packed_in_c(experts.gate_up, experts.down):
-        gate_up, down = ((w.blocks, w.scales) for w in (experts.gate_up, experts.down))
-    else:
+    stacks = dispatch.decode_stacks(*(weights[n] if n in weights else experts._modules[n] for n in ("gate_up", "down")))
+    if stacks is None:
         return None
+    gate_up, down = stacks
     norms = attn_norm._parameters["weight"], moe_norm._parameters["weight"]
     projections = [(m._parameters["weight"], m._parameters["bias"]) for m in (qkv, out, router)]
     found = Layer(
         norms[0], *projections[0], *projections[1], attn._parameters["sinks"], norms[1], *projections[2],
-        *gate_up, weights["gate_up_bias"], *down, weights["down_bias"],
+        gate_up, weights["gate_up_bias"], down, weights["down_bias"],
     )  # fmt: skip
-    for t in found:
-        if t is not None and not (t.is_contiguous() and (t.dtype is dtype or t.dtype is torch.uint8)):
+    for t in (*found[:9], *(w.values for w in (gate_up, down) if not w.form), found.gate_up_bias, found.down_bias):
+        if t.dtype is not dtype or not t.is_contiguous():
             return None
     return found
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 KERNELS = ("attention.c", "attention_few.c", "decode_step.c", "experts.c", "few.c", "mxfp4.c", "pointwise.c")
-HEADERS = ("vector.h", "product.h", "adapter.h", "attention.h", "decode_step.h", "kernels.h", "slots.h")
+HEADERS = ("vector.h", "product.h", "adapter.h", "attention.h", "decode_step.h", "integers.h", "kernels.h", "slots.h")
 SOURCES = ("instruction_set.c", *HEADERS, *KERNELS)
 ELEMENTS = {"bf16": ["-DXMOE_ELEMENT_BF16"], "f32": []}
 FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-w"]

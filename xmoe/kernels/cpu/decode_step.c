@@ -3,8 +3,8 @@
  * modules that they stand for.
  */
 #include "decode_step.h"
+#include "integers.h"
 #include "kernels.h"
-#include "product.h"
 
 static const float *as_floats(float *room, const element *from, int64_t count) {
     for (int64_t i = 0; i < count; i += LANES) store_float_part(room + i, load_part(from + i, count - i), count - i);
@@ -78,12 +78,14 @@ static int block(const struct decode_step *s, const struct decode_layer *l, stru
     as_floats(l->logits, w.y, rows * l->experts);
     for (int64_t r = 0; r < rows; r++)
         choose(l, l->logits + r * l->experts, l->indices + r * l->chosen, l->weights + r * l->chosen);
-    if (l->up_scales)
+    struct weight up = {l->up, l->up_scales, l->up_zeros, l->up_group, l->up_form};
+    struct weight down = {l->down, l->down_scales, l->down_zeros, l->down_group, l->down_form};
+    if (up.form == MXFP4)
         failed = NAME(packed_experts)(w.normed, l->indices, l->weights, l->up, l->up_scales, l->up_bias, l->down, l->down_scales,
                                       l->down_bias, bias_is_float, w.y, l->norms, rows, l->chosen, l->experts, D, s->inner,
                                       l->limit, l->alpha, NULL, NULL, 0, 0, NULL, NULL, 0, 0);
     else
-        failed = NAME(few_experts)(w.normed, l->indices, l->weights, l->up, l->up_bias, l->down, l->down_bias, bias_is_float, w.y,
+        failed = NAME(few_experts)(w.normed, l->indices, l->weights, &up, l->up_bias, &down, l->down_bias, bias_is_float, w.y,
                                    l->norms, rows, l->chosen, l->experts, D, s->inner, l->limit, l->alpha);
     add(x, w.y, rows * D);
     return failed;

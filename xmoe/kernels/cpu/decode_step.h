@@ -4,11 +4,11 @@
 
 #include <stdint.h>
 
-/* One block. Weights, biases, norms and sinks are elements (bf16 or float); so are experts, or else they are MXFP4. */
+/* One block. Weights, biases, norms and sinks are elements (bf16 or float); experts are held in any form of integers.h. */
 struct decode_layer {
     const void *attn_norm, *qkv, *qkv_bias, *out, *out_bias, *sinks;    /* sinks [heads] */
     const void *moe_norm, *router, *router_bias;                        /* router [experts, width] */
-    const void *up, *up_scales, *up_bias, *down, *down_scales, *down_bias; /* packed blocks where there are scales */
+    const void *up, *up_scales, *up_zeros, *up_bias, *down, *down_scales, *down_zeros, *down_bias;
     void *keys, *values;          /* the cache: [batch, room, groups, head_dim] */
     const int64_t *slots;         /* [tokens]: the rows of the cache that the new keys and values take */
     const int64_t *key_positions; /* [batch, key_count] */
@@ -17,6 +17,7 @@ struct decode_layer {
     float *logits, *weights, *norms; /* written: [rows, experts], [rows, chosen]; norms NULL where nobody asks */
     int64_t *indices;             /* written: [rows, chosen] */
     int64_t room, key_count, window, experts, chosen; /* window 0: none */
+    int64_t up_group, up_form, down_group, down_form;
     float limit, alpha;
 };
 

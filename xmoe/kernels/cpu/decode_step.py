@@ -20,11 +20,18 @@ MOST_ROWS = MANY_FEW
 ALPHA = 1.702
 
 
-class Layer(NamedTuple):
-    """The tensors of one block, all of one dtype and contiguous; shapes as in the modules.
+class Stack(NamedTuple):
+    """An expert weight as `struct weight` of integers.h has it: dense values alone, or what `products.packed_parts` says."""
 
-    Experts of that dtype too, without scales; or gate_up and down are MXFP4 blocks, uint8, beside their scales.
-    """
+    values: Tensor
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+    group: int = 0
+    form: int = 0
+
+
+class Layer(NamedTuple):
+    """The tensors of one block, all of one dtype (but for packed experts) and contiguous; shapes as in the modules."""
 
     attn_norm: Tensor
     qkv: Tensor
@@ -35,17 +42,10 @@ class Layer(NamedTuple):
     moe_norm: Tensor
     router: Tensor
     router_bias: Tensor
-    gate_up: Tensor
-    gate_up_scales: Tensor | None
+    gate_up: Stack
     gate_up_bias: Tensor
-    down: Tensor
-    down_scales: Tensor | None
+    down: Stack
     down_bias: Tensor
-
-    @property
-    def intermediate_size(self) -> int:
-        """F."""
-        return self.down.shape[2] * (1 if self.down_scales is None else 32)  # blocks [E, D, F / 32, 16]
 
 
 class Room(NamedTuple):
@@ -62,7 +62,7 @@ class Room(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """How one layer chooses: k experts; kept bool [E] or None; selection_bias fp32 [E] or None; the window or None."""
+    """How one layer chooses: k experts; kept bool [E] or None; selection_bias fp32 [E] or None. Its window, or None."""
 
     k: int
     kept: Tensor | None
@@ -81,6 +81,7 @@ def decode_step(
     choices: Sequence[Choice],
     *,
     heads: int,
+    intermediate_size: int,
     eps: float,
     norms: bool = False,
 ) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
@@ -97,15 +98,26 @@ def decode_step(
     lengths = torch.empty(T * sum(K), dtype=torch.float32).split([T * k for k in K]) if norms else [None] * len(K)
     table = (DecodeLayer * len(layers))()
     for i, (layer, room, choice) in enumerate(zip(layers, rooms, choices)):
-        written = logits[i], weights[i], lengths[i], indices[i]
-        pointers = (*layer, *room[:3], room.key_positions, choice.kept, choice.selection_bias, *written)
-        sizes = room.keys.shape[1], room.count, choice.window or 0, E[i], choice.k, choice.limit, ALPHA
+        up, down, written = layer.gate_up, layer.down, (logits[i], weights[i], lengths[i], indices[i])
+        experts = *up[:3], layer.gate_up_bias, *down[:3], layer.down_bias
+        pointers = (*layer[:9], *experts, *room[:3], room.key_positions, choice.kept, choice.selection_bias, *written)
+        sizes = (
+            room.keys.shape[1],
+            room.count,
+            choice.window or 0,
+            E[i],
+            choice.k,
+            *up[3:],
+            *down[3:],
+            choice.limit,
+            ALPHA,
+        )
         table[i] = DecodeLayer(*[None if t is None else t.data_ptr() for t in pointers], *sizes)
     G, Dh = rooms[0].keys.shape[2:]
     angle_batch = 0 if cos.shape[0] == 1 else cos.stride(0)
     step = DecodeStepArguments(
         ctypes.addressof(table), x.data_ptr(), cos.data_ptr(), sin.data_ptr(), positions.data_ptr(),
-        len(layers), B, S, D, layers[0].intermediate_size, heads, G, Dh, angle_batch, eps,
+        len(layers), B, S, D, intermediate_size, heads, G, Dh, angle_batch, eps,
     )  # fmt: skip
     run("decode_step", x.dtype, ctypes.addressof(step))
     return [

@@ -9,13 +9,13 @@ from torch.autograd.function import once_differentiable
 
 from xmoe.kernels.adapter import Adapter, parts
 from xmoe.kernels.cpu.library import run
-from xmoe.kernels.cpu.products import apply, as_weight, column_sums, compute_dtype, gradient, product
+from xmoe.kernels.cpu.products import apply, as_weight, column_sums, compute_dtype, gradient, product, takes_packed
 from xmoe.quantization.packed import PackedWeight
 
 
 def takes(*weights: Tensor | PackedWeight) -> bool:
-    """Whether :func:`experts` has a product for these weights: dense ones and low-rank factors (MXFP4: `cpu.packed`)."""
-    return all(isinstance(w, Tensor) or w.format == "low-rank" for w in weights)
+    """Whether :func:`experts` has a product for these weights: dense, packed, or low-rank with factors of either kind."""
+    return all(isinstance(w, Tensor) or (takes(*w.factors) if w.factors else takes_packed(w)) for w in weights)
 
 
 class _Experts(Function):

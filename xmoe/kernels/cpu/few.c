@@ -4,6 +4,7 @@
  * A thread reads four rows of the weight together, far from each other. Neighbouring rows share pages, and such streams
  * the hardware does not tell apart: reading them together halves the bandwidth.
  */
+#include "integers.h"
 #include "kernels.h"
 #include "slots.h"
 
@@ -108,8 +109,10 @@ int NAME(few_rows)(const element *x, const element *weight, const void *bias, in
 
 #define PIECE 64 /* rows of an expert's weight that a task takes: gates and ups in turn */
 
-INLINE void piece_of_rows(int64_t rows, const element *weight, const ready *x, int64_t x_row, int64_t inner, int64_t count,
-                          const void *bias, int bias_is_float, float *y, int64_t y_row) {
+#define DECODED 16 /* rows of integers that are decoded together, few enough for the cache next to the core */
+
+INLINE void piece_of_dense_rows(int64_t rows, const element *weight, const ready *x, int64_t x_row, int64_t inner, int64_t count,
+                                const void *bias, int bias_is_float, float *y, int64_t y_row) {
     switch (rows) {
     case 1: columns_by_rows(1, weight, x, x_row, inner, count, bias, bias_is_float, y, y_row, 1); break;
     case 2: columns_by_rows(2, weight, x, x_row, inner, count, bias, bias_is_float, y, y_row, 1); break;
@@ -117,12 +120,27 @@ INLINE void piece_of_rows(int64_t rows, const element *weight, const ready *x, i
     default: columns_by_rows(4, weight, x, x_row, inner, count, bias, bias_is_float, y, y_row, 1);
     }
 }
+/* y[rows x count] = up to 4 rows of x times `count` rows of a weight from `row` on, plus their bias; room [DECODED x inner] */
+static void piece_of_rows(int64_t rows, const struct weight *w, int64_t row, const ready *x, int64_t x_row, int64_t inner,
+                          int64_t count, const void *bias, int bias_is_float, float *y, int64_t y_row, element *room) {
+    bias = bias_from(bias, bias_is_float, row);
+    if (w->form == DENSE) {
+        piece_of_dense_rows(rows, (const element *)w->values + row * inner, x, x_row, inner, count, bias, bias_is_float, y, y_row);
+        return;
+    }
+    for (int64_t r = 0; r < count; r += DECODED) {
+        int64_t some = smaller(DECODED, count - r);
+        for (int64_t i = 0; i < some; i++) decode_integers(room + i * inner, w, inner, row + r + i, 0, inner);
+        piece_of_dense_rows(rows, room, x, x_row, inner, some, bias_from(bias, bias_is_float, r), bias_is_float, y + r, y_row);
+    }
+}
 
 /* `count` rows of an expert's gate_up, 64 at most, times up to 4 rows of x, and the clamped SwiGLU of their pairs. */
-static void activate(int64_t rows, const element *weight, const void *bias, int bias_is_float, const ready *x, int64_t x_row,
-                     int64_t width, int64_t count, float limit, float alpha, ready *act, int64_t act_row) {
+static void activate(int64_t rows, const struct weight *w, int64_t row, const void *bias, int bias_is_float, const ready *x,
+                     int64_t x_row, int64_t width, int64_t count, float limit, float alpha, ready *act, int64_t act_row,
+                     element *room) {
     float sums[AT_ONCE * PIECE] = {0}, done[PIECE / 2], *h = sums;
-    piece_of_rows(rows, weight, x, x_row, width, count, bias, bias_is_float, sums, PIECE);
+    piece_of_rows(rows, w, row, x, x_row, width, count, bias, bias_is_float, sums, PIECE, room);
     for (int64_t i = 0; i < rows; i++, h += PIECE, act += act_row) {
         for (int64_t r = 0; r < PIECE; r += 2 * LANES) {
             vf low = load_float(h + r), high = load_float(h + r + LANES);
@@ -139,21 +157,25 @@ static void activate(int64_t rows, const element *weight, const void *bias, int 
     }
 }
 
-/* packed_experts of mxfp4.c for dense weights and a handful of tokens: y[t] = sum over k of weights[t, k] f_e(x[t]).
+/* packed_experts of mxfp4.c for weights that are dense or integers and a handful of tokens: y[t] = sum over k of weights[t, k]
+ * f_e(x[t]).
  *
  * gate_up [experts, 2 inner, width], down [experts, width, inner]; a task reads its rows once for each 4 slots of its expert. */
-int NAME(few_experts)(const element *x, const int64_t *indices, const float *weights, const element *gate_up,
-                      const void *up_bias, const element *down, const void *down_bias, int bias_is_float, element *y, float *norms,
+int NAME(few_experts)(const element *x, const int64_t *indices, const float *weights, const struct weight *gate_up,
+                      const void *up_bias, const struct weight *down, const void *down_bias, int bias_is_float, element *y, float *norms,
                       int64_t tokens, int64_t slots, int64_t experts, int64_t width, int64_t inner, float limit, float alpha) {
     int64_t all = tokens * slots, x_row = round_up(width, STEP), act_row = round_up(inner, STEP);
     int64_t up_tasks = (2 * inner + PIECE - 1) / PIECE, down_tasks = (width + PIECE - 1) / PIECE;
+    int64_t widest = width > inner ? width : inner, decoded = DECODED * round_up(widest, 64) * sizeof(element);
     int64_t bytes = all * (x_row + act_row) * sizeof(ready) + all * width * 4 + all * (16 + sizeof(struct piece)) + (experts + 1) * 8;
-    char *all_room = rooms(bytes + 7 * 64), *room = all_room;
+    int unpacks = gate_up->form != DENSE || down->form != DENSE;
+    char *all_room = rooms(bytes + 8 * 64 + unpacks * decoded * max_threads()), *room = all_room;
     if (!room) return 1;
     ready *from = carve(&room, all * x_row * sizeof(ready)), *act = carve(&room, all * act_row * sizeof(ready)); /* by rank */
     float *out = carve(&room, all * width * 4);
     int64_t *slot = carve(&room, all * 8), *place = carve(&room, all * 8), *next = carve(&room, (experts + 1) * 8);
     struct piece *piece = carve(&room, all * sizeof(struct piece));
+    char *to_decode = room;
     int64_t pieces = sort_slots(indices, all, experts, AT_ONCE, next, place, slot, piece);
     for (int64_t i = 0; i < all; i++) {
         if (place[i] < 0) continue;
@@ -166,15 +188,17 @@ int NAME(few_experts)(const element *x, const int64_t *indices, const float *wei
         for (int64_t task = 0; task < pieces * up_tasks; task++) { /* the pieces of an expert follow one another, block by block */
             struct piece p = piece[task % pieces];
             int64_t first = task / pieces * PIECE, row = p.expert * 2 * inner + first;
-            activate(p.count, gate_up + row * width, bias_from(up_bias, bias_is_float, row), bias_is_float, from + p.first * x_row,
-                     x_row, width, smaller(PIECE, 2 * inner - first), limit, alpha, act + p.first * act_row + first / 2, act_row);
+            activate(p.count, gate_up, row, up_bias, bias_is_float, from + p.first * x_row, x_row, width,
+                     smaller(PIECE, 2 * inner - first), limit, alpha, act + p.first * act_row + first / 2, act_row,
+                     (element *)(to_decode + unpacks * decoded * thread_number()));
         }
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < pieces * down_tasks; task++) {
             struct piece p = piece[task % pieces];
             int64_t first = task / pieces * PIECE, row = p.expert * width + first;
-            piece_of_rows(p.count, down + row * inner, act + p.first * act_row, act_row, inner, smaller(PIECE, width - first),
-                          bias_from(down_bias, bias_is_float, row), bias_is_float, out + p.first * width + first, width);
+            piece_of_rows(p.count, down, row, act + p.first * act_row, act_row, inner, smaller(PIECE, width - first), down_bias,
+                          bias_is_float, out + p.first * width + first, width,
+                          (element *)(to_decode + unpacks * decoded * thread_number()));
         }
     }
     for (int64_t t = 0; t < tokens; t++)

@@ -5,6 +5,8 @@
 #include "attention.h"
 #include "vector.h"
 
+struct weight; /* of integers.h */
+
 int NAME(attention_forward)(const struct attention *p);
 int NAME(attention_few)(const struct attention *p);
 int NAME(few_rows)(const element *x, const element *weight, const void *bias, int bias_is_float, int64_t rows, int64_t inner,
@@ -20,7 +22,7 @@ int NAME(packed_experts)(const element *x, const int64_t *indices, const float *
                          int64_t experts, int64_t width, int64_t inner, float limit, float alpha, const float *up_a,
                          const float *up_b, int64_t up_rank, float up_scale, const float *down_a, const float *down_b,
                          int64_t down_rank, float down_scale);
-int NAME(few_experts)(const element *x, const int64_t *indices, const float *weights, const element *gate_up,
-                      const void *up_bias, const element *down, const void *down_bias, int bias_is_float, element *y, float *norms,
+int NAME(few_experts)(const element *x, const int64_t *indices, const float *weights, const struct weight *gate_up,
+                      const void *up_bias, const struct weight *down, const void *down_bias, int bias_is_float, element *y, float *norms,
                       int64_t tokens, int64_t slots, int64_t experts, int64_t width, int64_t inner, float limit, float alpha);
 #endif

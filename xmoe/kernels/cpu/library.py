@@ -34,7 +34,7 @@ _SIGNATURES = {
     "column_sums": "pppllp",
     "cross_entropy": "ppllfp",
     "few_rows": "pppilllp",
-    "packed_product": "pppiplllp",
+    "packed_product": "pppplliplllp",
     "packed_experts": "pppppppppipplllllffpplfpplf",
     "decode_step": "p",
 }
@@ -66,10 +66,14 @@ class DecodeLayer(ctypes.Structure):
     _fields_ = (
         [(name, ctypes.c_void_p) for name in ("attn_norm", "qkv", "qkv_bias", "out", "out_bias", "sinks")]
         + [(name, ctypes.c_void_p) for name in ("moe_norm", "router", "router_bias")]
-        + [(n, ctypes.c_void_p) for n in ("up", "up_scales", "up_bias", "down", "down_scales", "down_bias")]
+        + [
+            (n, ctypes.c_void_p)
+            for n in ("up", "up_scales", "up_zeros", "up_bias", "down", "down_scales", "down_zeros", "down_bias")
+        ]
         + [(n, ctypes.c_void_p) for n in ("keys", "values", "slots", "key_positions", "kept", "selection_bias")]
         + [(name, ctypes.c_void_p) for name in ("logits", "weights", "norms", "indices")]
         + [(name, ctypes.c_int64) for name in ("room", "key_count", "window", "experts", "chosen")]
+        + [(name, ctypes.c_int64) for name in ("up_group", "up_form", "down_group", "down_form")]
         + [(name, ctypes.c_float) for name in ("limit", "alpha")]
     )
 

@@ -12,6 +12,7 @@
 #include "adapter.h"
 #include "kernels.h"
 #include "product.h"
+#include "integers.h"
 #include "slots.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -359,20 +360,26 @@ INLINE void decode_group(element *to, const uint8_t *blocks, uint8_t scale) {
 #endif
     }
 }
-/* to[rows x to_row], zero beyond used_rows and used_groups; a multiple of 32 columns */
-static void decode(element *to, int64_t to_row, const uint8_t *blocks, const uint8_t *scales, int64_t groups, int64_t used_rows,
-                   int64_t used_groups, int64_t rows) {
+/* to[rows x to_row] = rows `row` and following of a weight, from column `first` on; zero beyond used_rows and used_columns, which
+ * is a multiple of 32 */
+static void decode(element *to, int64_t to_row, const struct weight *w, int64_t inner, int64_t row, int64_t first,
+                   int64_t used_rows, int64_t used_columns, int64_t rows) {
+    int64_t groups = inner / GROUP;
     for (int64_t r = 0; r < rows; r++, to += to_row) {
-        int64_t used = r < used_rows ? used_groups : 0;
-        for (int64_t g = 0; g < used; g++)
-            decode_group(to + g * GROUP, blocks + (r * groups + g) * GROUP_BYTES, scales[r * groups + g]);
-        memset(to + used * GROUP, 0, (to_row - used * GROUP) * sizeof(element));
+        int64_t used = r < used_rows ? used_columns : 0;
+        if (used && w->form != MXFP4) decode_integers(to, w, inner, row + r, first, used);
+        else
+            for (int64_t g = 0; g < used / GROUP; g++) {
+                int64_t at = (row + r) * groups + first / GROUP + g;
+                decode_group(to + g * GROUP, (const uint8_t *)w->values + at * GROUP_BYTES, ((const uint8_t *)w->scales)[at]);
+            }
+        memset(to + used, 0, (to_row - used) * sizeof(element));
     }
 }
 
-static void rows_times_packed_panel(const element *x, const uint8_t *blocks, const uint8_t *scales, int transposed, int64_t inner,
-                                    int64_t columns, struct piece s, int64_t panel, element *y, char *room) {
-    int64_t width = smaller(PANEL, columns - panel), groups = (transposed ? columns : inner) / GROUP;
+static void rows_times_packed_panel(const element *x, const struct weight *w, int transposed, int64_t inner, int64_t columns,
+                                    struct piece s, int64_t panel, element *y, char *room) {
+    int64_t width = smaller(PANEL, columns - panel);
     element *flat = carve(&room, PANEL * DEPTH * sizeof(element));
     unit *spare = carve(&room, PANEL * DEPTH * 4), *right = carve(&room, PANEL * DEPTH * 4);
     float *sum = carve(&room, MOST_ROWS * PANEL * 4);
@@ -382,12 +389,10 @@ static void rows_times_packed_panel(const element *x, const uint8_t *blocks, con
         int64_t depth = smaller(DEPTH, inner - k), from_row = s.expert * (transposed ? inner : columns); /* rows of the weight */
         const unit *panel_units = right;
         if (transposed) { /* its columns already lie side by side */
-            int64_t at = (from_row + k) * groups + panel / GROUP;
-            decode(flat, PANEL, blocks + at * GROUP_BYTES, scales + at, groups, depth, width / GROUP, depth);
+            decode(flat, PANEL, w, columns, from_row + k, panel, depth, width, depth);
             panel_units = interleave(spare, flat, depth, PANEL);
         } else {
-            int64_t at = (from_row + panel) * groups + k / GROUP;
-            decode(flat, depth, blocks + at * GROUP_BYTES, scales + at, groups, width, depth / GROUP, PANEL);
+            decode(flat, depth, w, inner, from_row + panel, k, width, depth, PANEL);
             turn(right, PANEL, as_units(spare, flat, PANEL * depth), depth / PAIR, PANEL, depth / PAIR);
         }
         const element *from = x + s.first * inner + k;
@@ -405,9 +410,12 @@ static void rows_times_packed_panel(const element *x, const uint8_t *blocks, con
 }
 
 /* y [rows, columns] = x [rows, inner] times the packed weight of each row's expert: [experts, columns, inner], or, where
- * `transposed`, [experts, inner, columns]. inner and columns are multiples of 32. */
-int NAME(packed_product)(const element *x, const uint8_t *blocks, const uint8_t *scales, int transposed, const int64_t *offsets,
-                         int64_t experts, int64_t inner, int64_t columns, element *y) {
+ * `transposed`, [experts, inner, columns]. The weight is MXFP4 or integers, as in integers.h. inner and columns are multiples
+ * of 32. */
+int NAME(packed_product)(const element *x, const void *values, const void *scales, const uint8_t *zeros, int64_t group,
+                         int64_t form, int transposed, const int64_t *offsets, int64_t experts, int64_t inner, int64_t columns,
+                         element *y) {
+    struct weight w = {values, scales, zeros, group, form};
     int64_t panels = (columns + PANEL - 1) / PANEL, pieces = 0;
     for (int64_t e = 0; e < experts; e++) pieces += (offsets[e + 1] - offsets[e] + MOST_ROWS - 1) / MOST_ROWS;
     if (!pieces) return 0;
@@ -422,7 +430,7 @@ int NAME(packed_product)(const element *x, const uint8_t *blocks, const uint8_t 
                 piece[n++] = (struct piece){e, r, smaller(MOST_ROWS, offsets[e + 1] - r)};
 #pragma omp parallel for schedule(dynamic)
         for (int64_t task = 0; task < pieces * panels; task++)
-            rows_times_packed_panel(x, blocks, scales, transposed, inner, columns, piece[task / panels], task % panels * PANEL, y,
+            rows_times_packed_panel(x, &w, transposed, inner, columns, piece[task / panels], task % panels * PANEL, y,
                                     room + bytes * thread_number());
     }
     free(piece), free(room);

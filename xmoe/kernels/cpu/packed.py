@@ -35,7 +35,7 @@ def takes(gate_up: Tensor | PackedWeight, down: Tensor | PackedWeight) -> bool:
 
 def describe() -> str:
     """How packed experts are computed where the C kernels serve."""
-    return "MXFP4 experts: decoded in registers, packed bytes read once; int8 and int4 experts: portable PyTorch"
+    return "MXFP4 experts: decoded in registers, packed bytes read once; int8 and int4 experts: decoded piece by piece"
 
 
 def experts(

@@ -6,6 +6,8 @@ a handful of rows streams its weight once, from where it lies.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -49,22 +51,40 @@ def product(
 ) -> Tensor:
     """out [R, N] = x [R, I] times the weight [E, N, I] of each row's expert, or [E, I, N] where `transposed`.
 
-    The weight may be fp32 beside rows in bf16, or MXFP4: it is rounded or decoded on the way, and no converted copy of
+    The weight may be fp32 beside rows in bf16, or packed: it is rounded or decoded on the way, and no converted copy of
     it exists. A low-rank one is two thin products. bias is fp32 [E, N], and None where the weight is not dense.
     """
     E, inner, columns = offsets.numel() - 1, x.shape[1], out.shape[1]
-    if isinstance(weight, PackedWeight) and weight.format == "low-rank":
+    if isinstance(weight, PackedWeight) and weight.factors:
         first, second = (weight.left, weight.right) if transposed else (weight.right, weight.left)
         between = torch.empty(len(x), weight.left.shape[2], dtype=x.dtype)
         product(x, as_weight(first, x.dtype), offsets, between, transposed=transposed)
         return product(between, as_weight(second, x.dtype), offsets, out, transposed=transposed)
     if isinstance(weight, PackedWeight):
-        blocks, scales = weight.blocks, weight.scales
-        run("packed_product", x.dtype, x, blocks, scales, transposed, offsets, E, inner, columns, out)
+        run("packed_product", x.dtype, x, *packed_parts(weight), transposed, offsets, E, inner, columns, out)
         return out
     is_float = weight.dtype == torch.float32
     run("grouped_product", x.dtype, x, weight, is_float, transposed, bias, offsets, E, inner, columns, out)
     return out
+
+
+FORMS = {"mxfp4": 1, "int4": 4, "int8": 8}
+"""Packed formats and their numbers in integers.h; dense is 0."""
+
+
+def packed_parts(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None, int, int]:
+    """Values, scales, zeros, group size and form of a packed weight, as `struct weight` of integers.h has them."""
+    if weight.format == "mxfp4":
+        return weight.blocks, weight.scales, None, 32, FORMS["mxfp4"]
+    return weight.values, weight.scales, weight.tensors.get("zeros"), weight.group, FORMS[weight.format]
+
+
+def takes_packed(weight: Tensor | PackedWeight) -> bool:
+    """Whether the products take this weight as it is packed: MXFP4, int8 or int4 in whole groups of 32, of plain bytes."""
+    if isinstance(weight, Tensor) or weight.format not in FORMS or sys.byteorder != "little":
+        return False
+    whole = weight.shape[1] % 32 == 0 and weight.shape[2] % 32 == 0 and packed_parts(weight)[3] % 32 == 0
+    return whole and all(t.is_contiguous() for t in weight.tensors.values())
 
 
 def gradient(left: Tensor, right: Tensor, offsets: Tensor, out: Tensor) -> Tensor:

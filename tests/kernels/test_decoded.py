@@ -10,6 +10,7 @@ import torch
 from xmoe.errors import ConfigError
 from xmoe.kernels import decoded, dispatch, memory
 from xmoe.kernels.decoded import DecodedExperts
+from xmoe.quantization.compound import MixedWeight, PackedFactors
 from xmoe.quantization.packed import PackedWeight
 
 
@@ -68,6 +69,24 @@ def test_matrices_in_huge_pages_are_the_same(monkeypatch, dtype, format):
     weight = PackedWeight.encode(torch.randn(3, 70, 96, generator=torch.Generator().manual_seed(4)), format)
     (matrix,) = DecodedExperts(1 << 20).matrices(weight, 1, dtype, keep="room")
     assert torch.equal(matrix, weight.decode([1], dtype)[0]) and matrix.dtype == dtype and matrix.shape == (70, 96)
+
+
+def test_forms_within_forms_give_their_own_matrices_and_packed_ones_are_kept():
+    g = torch.Generator().manual_seed(5)
+    dense = torch.randn(2, 70, 96, generator=g)
+    factors = PackedWeight.encode(torch.randn(2, 70, 96, generator=g), "low-rank", rank=32)
+    inner = PackedFactors(*(PackedWeight.encode(f, "mxfp4") for f in factors.factors))
+    numbers = PackedWeight.encode(torch.randn(2, 70, 96, generator=g), "int8")
+    part = torch.tensor([3, 0, 1, 2, 0, 1, 3, 2], dtype=torch.uint8)
+    mixed, kept = MixedWeight(part, {0: dense, 1: factors, 2: inner, 3: numbers}), DecodedExperts(1 << 20)
+    for e, k in enumerate(part.tolist()):
+        first, second = (kept.matrices(mixed, e, torch.float32, keep="room") for _ in range(2))
+        torch.testing.assert_close(
+            torch.linalg.multi_dot(first) if len(first) > 1 else first[0], mixed.decode([e], torch.float32)[0]
+        )
+        assert len(first) == (2 if k in (1, 2) else 1)
+        assert all(a is b for a, b in zip(first, second)) == (k in (2, 3)), "what is floating point is not kept"
+    assert kept.nbytes == 4 * 2 * (32 * (70 + 96) + 70 * 96)
 
 
 def test_the_limit_comes_from_the_environment(monkeypatch):

@@ -22,11 +22,9 @@ from torch import Tensor
 from xmoe.errors import ConfigError
 from xmoe.kernels.memory import empty_in_huge_pages, in_huge_pages
 from xmoe.quantization import mxfp4
-from xmoe.quantization.packed import PackedWeight, matrices
+from xmoe.quantization.packed import PackedWeight, dense_matrix, matrices
 
 LIMIT = "XMOE_DECODED_GB"
-
-_NUMBERS = ("mxfp4", "int8", "int4")  # forms of which one matrix an expert is decoded
 
 Keep = Literal["never", "room", "always"]
 """Whether to keep what is decoded: "room" where the limit leaves some, "always" in the place of something else if need be."""
@@ -55,26 +53,30 @@ class DecodedExperts:
         self, weight: Tensor | PackedWeight, e: int, dtype: torch.dtype, keep: Keep = "never"
     ) -> tuple[Tensor, ...]:
         """As :func:`xmoe.quantization.packed.matrices`; what is kept is found, and what is decoded kept if `keep` says so."""
-        if not isinstance(weight, Tensor) and weight.factors:  # each by itself: they may be packed
-            return tuple(m for factor in weight.factors for m in self.matrices(factor, e, dtype, keep))
-        if isinstance(weight, Tensor) or weight.device.type != "cpu":
+        if isinstance(weight, Tensor):
             return matrices(weight, e, dtype)
+        return tuple(self._matrix(leaf, row, dtype, keep) for _, leaf, row in weight.leaves(e))
+
+    def _matrix(self, weight: Tensor | PackedWeight, e: int, dtype: torch.dtype, keep: Keep) -> Tensor:
+        """Of a stack that is dense or packed numbers throughout; dense ones are not kept."""
+        if isinstance(weight, Tensor) or weight.device.type != "cpu":
+            return dense_matrix(weight, e, dtype)
         # bytes that were written to, or moved, are another weight
         state = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in weight.tensors.values())
         key = (id(weight), e, dtype, state)
         found = self._kept.get(key)
         if found is not None:
             self._kept.move_to_end(key)
-            return (found,)
+            return found
         if keep == "never" or not self._make_room(math.prod(weight.shape[1:]) * dtype.itemsize, keep == "always"):
-            return matrices(weight, e, dtype)
+            return dense_matrix(weight, e, dtype)
         matrix = _decoded(weight, e, dtype)
         self._kept[key] = matrix
         self.nbytes += matrix.nbytes
         if key[0] not in self._known:
             self._known.add(key[0])
             weakref.finalize(weight, self._forget, key[0])
-        return (matrix,)
+        return matrix
 
     def _make_room(self, nbytes: int, displace: bool) -> bool:
         """Whether `nbytes` more may be kept now."""
@@ -98,7 +100,7 @@ def _decoded(weight: PackedWeight, e: int, dtype: torch.dtype) -> Tensor:
     """The matrix of expert e in huge pages, since it will be read many times."""
     room = empty_in_huge_pages(weight.shape[1:], dtype) if weight.format == "mxfp4" else None
     if room is None:
-        return in_huge_pages(matrices(weight, e, dtype)[0])
+        return in_huge_pages(dense_matrix(weight, e, dtype))
     room.zero_()  # the table lookups of `decode` run on one thread, which alone would take far longer to get the pages
     return mxfp4.decode(weight.blocks[e], weight.scales[e], dtype, out=room)
 

@@ -82,7 +82,7 @@ def test_it_stays_mapped_only_if_most_of_it_lies_so(folder, monkeypatch):
     without = sum(1 for i in range(every) if i * 4096 >= info.stop or (i + 1) * 4096 <= info.start)
     assert 0 < without < every - 2
     for left, count in ([], every), ([info], without):
-        for share, stays in (0.95, True), (0.85, False):
+        for share, stays in (0.8, True), (0.7, False):
             monkeypatch.setattr(huge_pages, "_huge_bytes", lambda _, n=share * count * 4096: n)
             assert (huge_pages._mapped_in_huge_pages(file, left) is not None) == stays
     assert huge_pages._mapped_in_huge_pages(folder / "absent", []) is None

@@ -22,8 +22,8 @@ from xmoe.errors import CheckpointError
 from xmoe.kernels.memory import HUGE, empty_in_huge_pages, in_huge_pages
 
 _PIECE = 4 * HUGE  # bytes a thread reads at a time
-_MOSTLY = 0.9  # of a shard in huge pages is enough to leave it mapped
-_FIRST = 32  # windows of a shard that are tried before all are: a slow disk would seek for each
+_MOSTLY = 0.75  # of a shard in huge pages is enough to leave it mapped
+_FIRST = 32  # windows of a shard, far apart, that are tried before all are: a slow disk would seek for each
 _SMALL = 64 << 20  # tensors up to this size at odd addresses would be copied anyway: see `weights`
 
 
@@ -87,7 +87,7 @@ def _mapped_in_huge_pages(file: Path, left: Collection[TensorInfo]) -> Tensor | 
         windows = windows[(windows + HUGE <= info.start) | (windows >= info.stop)]
     if not len(windows):
         return None
-    for some in (windows[:_FIRST], windows):
+    for some in (windows[:: -(-len(windows) // _FIRST)], windows):
         whole[some].sum()  # one byte of each maps the page that it is in
         if _huge_bytes(whole.data_ptr()) < _MOSTLY * HUGE * len(some):
             return None

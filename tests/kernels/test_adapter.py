@@ -12,7 +12,6 @@ from torch import Tensor
 from xmoe.kernels import dispatch, portable, reference
 from xmoe.kernels.adapter import Adapter
 from xmoe.kernels.cpu import backend as cpu
-from xmoe.kernels.cpu import build, library
 from xmoe.kernels.cpu import packed as cpu_packed
 from xmoe.quantization.packed import PackedWeight
 
@@ -123,18 +122,10 @@ def test_both_packed_paths_without_gradients(few, dtype, bound, monkeypatch):
 
 
 @pytest.mark.skipif(not cpu.available(), reason="the C kernels are not built")
-def test_every_instruction_set_this_machine_has_agrees(monkeypatch):
+def test_every_instruction_set_this_machine_has_agrees(instruction_set, monkeypatch):
     """They bring activations into different orders, which the adapter of `down` has to undo."""
-    sets = list(build.INSTRUCTION_SETS.get(build.machine(), {"base": []}))
-    try:
-        for name in sets[sets.index(library.library().instruction_set) :]:
-            monkeypatch.setenv("XMOE_CPU_ISA", name)
-            library.library.cache_clear()
-            for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
-                test_both_packed_paths_without_gradients(True, dtype, bound, monkeypatch)
-    finally:
-        monkeypatch.delenv("XMOE_CPU_ISA", raising=False)
-        library.library.cache_clear()
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        test_both_packed_paths_without_gradients(True, dtype, bound, monkeypatch)
 
 
 @pytest.mark.parametrize("form", ["dense", "mxfp4", "int8"])

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from xmoe.kernels import dispatch, portable, reference
 from xmoe.kernels.cpu import backend as cpu
-from xmoe.kernels.cpu import build, library
 from xmoe.quantization.packed import PackedWeight
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.reason() or "C kernels are there")
@@ -122,16 +121,7 @@ def test_every_value_is_decoded_exactly():
                 assert torch.allclose(y, expected, rtol=1e-6, atol=0), (bits, scale, column)
 
 
-def test_every_instruction_set_this_machine_has(monkeypatch):
-    sets = list(build.INSTRUCTION_SETS.get(build.machine(), {"base": []}))
-    lower = sets[sets.index(library.library().instruction_set) :]
-    try:
-        for name in lower:
-            monkeypatch.setenv("XMOE_CPU_ISA", name)
-            library.library.cache_clear()
-            for dtype in BOUNDS:
-                for form in FORMS:
-                    check(form, 9, dtype)
-    finally:
-        monkeypatch.delenv("XMOE_CPU_ISA", raising=False)
-        library.library.cache_clear()
+@pytest.mark.parametrize("form", FORMS)
+def test_every_instruction_set_this_machine_has(instruction_set, form):
+    for dtype in BOUNDS:
+        check(form, 9, dtype)

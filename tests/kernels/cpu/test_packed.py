@@ -8,8 +8,6 @@ from torch import Tensor
 
 from xmoe.kernels import dispatch, reference
 from xmoe.kernels.cpu import backend as cpu
-from xmoe.kernels.cpu import build
-from xmoe.kernels.cpu import library as cpu_library
 from xmoe.kernels.cpu import packed as cpu_packed
 from xmoe.quantization.packed import PackedWeight
 
@@ -154,23 +152,14 @@ def test_describe_says_how_packed_experts_are_computed():
     assert "MXFP4 experts: decoded in registers" in dispatch.describe("cpu", torch.bfloat16)
 
 
-def test_every_instruction_set_this_machine_has_agrees(way, monkeypatch):
-    sets = list(build.INSTRUCTION_SETS.get(build.machine(), {"base": []}))
-    try:
-        for name in sets[sets.index(cpu_library.library().instruction_set) :]:
-            monkeypatch.setenv("XMOE_CPU_ISA", name)
-            cpu_library.library.cache_clear()
-            assert cpu_library.library().instruction_set == name
-            for dtype in BOUNDS:
-                for at in (0, 31):
-                    test_every_code_under_every_scale_is_exact(way, dtype, at)
-                test_gradients_reach_x_the_routing_weights_and_the_biases(dtype, (96, 160, 5, 2))
-                arguments = inputs((352, 288, 3, 3), 11, dtype)
-                with torch.no_grad():
-                    found, norms = dispatch.experts(*arguments, norms=True)
-                expected, expected_norms = reference.experts(*in_float(arguments), norms=True)
-                assert relative_error(found, expected) < BOUNDS[dtype]
-                assert relative_error(norms, expected_norms) < BOUNDS[dtype]
-    finally:
-        monkeypatch.delenv("XMOE_CPU_ISA", raising=False)
-        cpu_library.library.cache_clear()
+def test_every_instruction_set_this_machine_has_agrees(way, instruction_set):
+    for dtype in BOUNDS:
+        for at in (0, 31):
+            test_every_code_under_every_scale_is_exact(way, dtype, at)
+        test_gradients_reach_x_the_routing_weights_and_the_biases(dtype, (96, 160, 5, 2))
+        arguments = inputs((352, 288, 3, 3), 11, dtype)
+        with torch.no_grad():
+            found, norms = dispatch.experts(*arguments, norms=True)
+        expected, expected_norms = reference.experts(*in_float(arguments), norms=True)
+        assert relative_error(found, expected) < BOUNDS[dtype]
+        assert relative_error(norms, expected_norms) < BOUNDS[dtype]

@@ -24,10 +24,20 @@ from xmoe.training.adapters import LoRAConfig, add_adapters
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.reason() or "C kernels are there")
 
-CONFIG = ModelConfig(
-    vocab_size=53, hidden_size=96, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, head_dim=32,
-    intermediate_size=64, num_experts=7, num_experts_per_tok=3, sliding_window=5, max_position_embeddings=64,
+CONFIG = ModelConfig(  # a swiglu_limit that random weights reach
+    vocab_size=53,
+    hidden_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=32,
+    intermediate_size=64,
+    num_experts=7,
+    num_experts_per_tok=3,
+    sliding_window=5,
+    max_position_embeddings=64,
     initial_context_length=32,
+    swiglu_limit=0.6,
 )  # fmt: skip
 DENSE = dataclasses.replace(CONFIG, hidden_size=90, intermediate_size=37)  # dense experts may have any width
 EPS = 2e-6  # of the largest logit, in fp32

@@ -14,13 +14,14 @@ pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.reason() or "C k
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
 
 
-def check(B, S, G, R, Dh, L, window, dtype, with_sinks=True, seed=0, **options):
-    """Keys out of order, some of them padding; queries at the end of each sequence, the first one padding at times."""
+def check(B, S, G, R, Dh, L, window, dtype, with_sinks=True, seed=0, ordered=False, **options):
+    """Keys in a ring's order or not, some of them padding; queries at the end of each sequence, the first padding at times."""
     g = torch.Generator().manual_seed(seed)
     q = torch.randn(B, S, G * R, Dh, generator=g).to(dtype)
     k, v = (torch.randn(B, L, G, Dh, generator=g).to(dtype) for _ in range(2))
     sinks = torch.randn(G * R, generator=g) if with_sinks else None
-    k_pos = torch.stack([torch.randperm(L, generator=g) - b for b in range(B)])  # row b has b columns of padding
+    order = torch.arange(L) if ordered else torch.randperm(L, generator=g)
+    k_pos = torch.stack([order - b for b in range(B)])  # row b has b columns of padding
     q_pos = torch.stack([torch.arange(L - S - b, L - b) for b in range(B)]).clamp(min=-1)
     options |= {"window": window, "q_pos": q_pos, "k_pos": k_pos}
     expected = reference.attention(*(t.float() for t in (q, k, v)), sinks, **options)
@@ -34,10 +35,15 @@ def check(B, S, G, R, Dh, L, window, dtype, with_sinks=True, seed=0, **options):
 @given(
     B=st.integers(1, 3), S=st.integers(1, 4), G=st.integers(1, 3), R=st.integers(1, 8), Dh=st.sampled_from([16, 48, 64]),
     more=st.integers(0, 150), window=st.one_of(st.none(), st.integers(1, 130)), with_sinks=st.booleans(),
-    dtype=st.sampled_from(list(BOUNDS)),
+    dtype=st.sampled_from(list(BOUNDS)), ordered=st.booleans(),
 )  # fmt: skip
-def test_few_queries_of_any_shape(B, S, G, R, Dh, more, window, with_sinks, dtype):
-    check(B, S, G, R, Dh, S + B + more, window, dtype, with_sinks)
+def test_few_queries_of_any_shape(B, S, G, R, Dh, more, window, with_sinks, dtype, ordered):
+    check(B, S, G, R, Dh, S + B + more, window, dtype, with_sinks, ordered=ordered)
+
+
+def test_a_block_that_only_the_oldest_query_sees_is_not_skipped():
+    """Keys in order, 64 a block: of queries 62 to 65 with a window of 2 only the first two look into the first block."""
+    check(1, 4, 2, 3, 32, 66, 2, torch.float32, ordered=True)
 
 
 def test_large_scores_neither_overflow_nor_vanish():

@@ -10,7 +10,8 @@
 
 #define STREAMS 4    /* rows of the weight that are read together */
 #define AT_ONCE 4    /* rows of x that a vector of the weight is multiplied with */
-#define TASK 32      /* columns of the result that a thread takes at a time */
+#define MOST_TASK 512 /* columns of the result that a thread takes at a time: many, so that the streams lie far apart, */
+#define LEAST_TASK 32 /* but a few tasks for every thread, down to this */
 #define STEP (LANES * PAIR)
 #define AHEAD 1024 /* bytes of a stream from what is read to what is asked for */
 
@@ -83,13 +84,15 @@ INLINE void make_ready(ready *to, const element *x, int64_t inner, int64_t padde
 /* y [rows, columns] = x [rows, inner] weight [columns, inner]^T + bias [columns], floats or bf16, or NULL; for a handful of rows */
 int NAME(few_rows)(const element *x, const element *weight, const void *bias, int bias_is_float, int64_t rows, int64_t inner,
                    int64_t columns, element *y) {
-    int64_t x_row = round_up(inner, STEP), tasks = (columns + TASK - 1) / TASK;
+    int64_t x_row = round_up(inner, STEP), each = columns / (4 * max_threads());
     ready *from = rooms(rows * x_row * sizeof(ready));
     if (!from) return 1;
+    each = smaller(each > LEAST_TASK ? each : LEAST_TASK, MOST_TASK);
+    int64_t tasks = (columns + each - 1) / each;
     for (int64_t r = 0; r < rows; r++) make_ready(from + r * x_row, x + r * inner, inner, x_row);
 #pragma omp parallel for schedule(dynamic) if (WORTH_SHARING(columns * inner / 4))
     for (int64_t task = 0; task < tasks; task++) {
-        int64_t first = task * TASK, count = smaller(TASK, columns - first);
+        int64_t first = task * each, count = smaller(each, columns - first);
         const element *w = weight + first * inner;
         const void *b = bias_from(bias, bias_is_float, first);
         for (int64_t r = 0; r < rows; r += AT_ONCE) { /* from the second time on, the weight comes from the cache */

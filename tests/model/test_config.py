@@ -60,6 +60,7 @@ def test_uneven_expert_counts_are_counted_layer_by_layer(counts):
         ({"head_dim": 13}, "expected an even number"),
         ({"layer_types": ("full_attention",)}, "expected 4"),
         ({"hidden_size": 0}, "expected at least 1"),
+        ({"num_hidden_layers": 10**15}, "expected at most 10,000"),  # at once: a damaged file must not fill the memory
         ({"reasoning_effort": {"low": 11}}, "reasoning_effort"),
     ],
 )

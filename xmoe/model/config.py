@@ -12,6 +12,7 @@ from xmoe.errors import ConfigError
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 EFFORTS = ("low", "medium", "high")
+MOST_LAYERS = 10_000  # beyond any model; a larger number comes from a damaged file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +85,8 @@ class ModelConfig:
     }
 
     def __post_init__(self):
+        if self.num_hidden_layers > MOST_LAYERS:  # said here, before anything counts so far
+            raise ConfigError(f"model.num_hidden_layers is {self.num_hidden_layers}; expected at most {MOST_LAYERS:,}")
         if self.layer_types is None:
             types = tuple(FULL if i % 2 else SLIDING for i in range(self.num_hidden_layers))
             object.__setattr__(self, "layer_types", types)

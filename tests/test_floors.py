@@ -21,6 +21,13 @@ FLOORS = [
     {"scripts", "benchmarks"},
 ]
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+# What stands in these folders is imported by its bare name, since Python puts a command's folder on the path.
+NEIGHBOURS = {
+    path.stem: top
+    for top in ("scripts", "benchmarks")
+    for path in (ROOT / top).iterdir()
+    if not path.stem.startswith("__")
+}
 # The doors of the evaluation package are commands: they may import compression late, to try a plan or to record.
 DOORS = {"evaluation.benchmark", "evaluation.deployment", "evaluation.report"}
 
@@ -30,7 +37,7 @@ def room_of(module: str) -> str | None:
     for n in range(len(parts), 0, -1):
         if ".".join(parts[:n]) in ROOMS:
             return ".".join(parts[:n])
-    return None
+    return NEIGHBOURS.get(parts[0])
 
 
 def files() -> list[Path]:
@@ -80,9 +87,17 @@ def test_a_climbing_import_would_be_seen(tmp_path):
     assert ROOMS["xmoe.training"] > ROOMS["xmoe.model"]
 
 
+def test_the_files_of_a_command_are_on_its_floor(monkeypatch):
+    assert room_of("compress_commands.flags.add_output") == room_of("scripts.compress_commands.flags") == "scripts"
+    assert room_of("prune_quality.train") == "benchmarks" and room_of("json.loads") is None
+    monkeypatch.setitem(globals(), "imports", lambda path: [(1, "compress_commands.inputs.settings")])
+    assert climbs(ROOT / "scripts" / "compress.py") == []
+    assert climbs(ROOT / "xmoe" / "compression" / "plan.py") != []
+
+
 def test_no_file_shadows_a_standard_module():
     import sys
 
     for top in ("scripts", "evaluation", "benchmarks"):
-        for file in (ROOT / top).glob("*.py"):
+        for file in (ROOT / top).iterdir():
             assert file.stem not in sys.stdlib_module_names, f"{file} hides the standard library's {file.stem}"

@@ -7,6 +7,8 @@ import errno
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -244,7 +246,20 @@ def test_every_recipe_that_comes_with_xmoe_loads(path):
 
 
 def test_help_names_every_criterion(script):
-    assert tuple(script.CRITERIA.split(", ")) == CRITERIA
+    named = importlib.import_module("compress_commands.decide").CRITERIA
+    assert tuple(named.split(", ")) == CRITERIA
+
+
+@pytest.mark.parametrize(
+    "name", ["", "record", "import", "fingerprint", "plan", "prune", "verify", "sweep", "merge", "reduce", "recover"]
+)
+def test_help_does_not_wait_for_torch(tmp_path, name):
+    """From any folder, and the libraries that take seconds stay out."""
+    words = [sys.executable, "-X", "importtime", SCRIPT, *name.split(), "--help"]
+    shown = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert shown.stdout.startswith(f"usage: compress.py {name}".rstrip())
+    loaded = {line.rpartition("|")[2].strip() for line in shown.stderr.splitlines()}
+    assert "compress_commands.decide" in loaded and not loaded & {"torch", "numpy", "tokenizers", "safetensors"}
 
 
 def test_there_are_recipes():

@@ -145,11 +145,7 @@ static void activate(int64_t rows, const struct weight *w, int64_t row, const vo
     float sums[AT_ONCE * PIECE] = {0}, done[PIECE / 2], *h = sums;
     piece_of_rows(rows, w, row, x, x_row, width, count, bias, bias_is_float, sums, PIECE, room);
     for (int64_t i = 0; i < rows; i++, h += PIECE, act += act_row) {
-        for (int64_t r = 0; r < PIECE; r += 2 * LANES) {
-            vf low = load_float(h + r), high = load_float(h + r + LANES);
-            vf gate = vmin(EVEN(low, high), splat(limit)), up = vmax(vmin(ODD(low, high), splat(limit)), splat(-limit));
-            store_float(done + r / 2, gate * sigmoid_lanes(gate * alpha) * (up + 1.0f));
-        }
+        swiglu_of_pairs(h, PIECE, limit, alpha, done);
         for (int64_t r = 0; r < count / 2; r++) {
 #if PAIR == 2
             act[r] = narrow_one(done[r]);

@@ -235,11 +235,7 @@ static void activate(struct piece p, const int64_t *slot, int64_t group, const u
     for (int64_t i = 0; i < p.count; i++, h += TASK_ROWS) {
         for (int64_t r = 0; r < TASK_ROWS; r++) h[r] += bias_at(bias, bias_is_float, row + r);
         if (low.a) out_of_rank(low, row, TASK_ROWS, inside + (p.first + i) * low.rank, h);
-        for (int64_t r = 0; r < TASK_ROWS; r += 2 * LANES) {
-            vf low = load_float(h + r), high = load_float(h + r + LANES);
-            vf gate = vmin(EVEN(low, high), splat(limit)), up = vmax(vmin(ODD(low, high), splat(limit)), splat(-limit));
-            store_float(done + r / 2, gate * sigmoid_lanes(gate * alpha) * (up + 1.0f));
-        }
+        swiglu_of_pairs(h, TASK_ROWS, limit, alpha, done);
         ready *to = act + (p.first + i) * act_row;
         for (int64_t r = 0; r < TASK_ROWS / 2; r++) to[place_of(group * GROUP + r)] = make_ready(done[r]);
     }

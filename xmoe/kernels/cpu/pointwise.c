@@ -190,9 +190,7 @@ void NAME(swiglu_forward)(const element *gate_up, const float *bias, const int64
                 vf gate, up, gate_bias, up_bias;
                 load_gate_up(gate_up + r * 2 * width + 2 * i, n, &gate, &up);
                 load_gate_up_bias(bias + e * 2 * width + 2 * i, n, &gate_bias, &up_bias);
-                gate = vmin(gate + gate_bias, splat(limit));
-                up = vmax(vmin(up + up_bias, splat(limit)), splat(-limit));
-                store_part(act + r * width + i, gate * sigmoid_lanes(gate * alpha) * (up + 1.0f), n);
+                store_part(act + r * width + i, swiglu_lanes(gate + gate_bias, up + up_bias, limit, alpha), n);
             }
         }
     }

@@ -181,6 +181,12 @@ INLINE vf exp2_lanes(vf x) {
 #define LN2 0.6931471805599453f
 INLINE vf sigmoid_lanes(vf x) { return 1.0f / (1.0f + exp2_lanes(vmin(x * -LOG2E, splat(126.0f)))); }
 
+/* the clamped SwiGLU of the experts: min(gate, limit) sigmoid(alpha gate) (clamp(up) + 1) */
+INLINE vf swiglu_lanes(vf gate, vf up, float limit, float alpha) {
+    gate = vmin(gate, splat(limit)), up = vmax(vmin(up, splat(limit)), splat(-limit));
+    return gate * sigmoid_lanes(gate * alpha) * (up + 1.0f);
+}
+
 /* one step of a product: acc += a (one unit, in every lane) * b */
 INLINE vf multiply_add(vf acc, vu a, vu b) {
 #if PAIR == 2 && defined(__AVX512BF16__)
@@ -221,6 +227,14 @@ INLINE vf shuffle_(vf a, vf b, int start, int step, int zip) {
 #define ZIP_LOW(a, b) shuffle_(a, b, 0, 0, 1)
 #define ZIP_HIGH(a, b) shuffle_(a, b, LANES / 2, 0, 1)
 #endif
+
+/* `count` values that alternate gate and up, a multiple of 2 LANES, -> count / 2 activations */
+INLINE void swiglu_of_pairs(const float *pairs, int64_t count, float limit, float alpha, float *act) {
+    for (int64_t r = 0; r < count; r += 2 * LANES) {
+        vf low = load_float(pairs + r), high = load_float(pairs + r + LANES);
+        store_float(act + r / 2, swiglu_lanes(EVEN(low, high), ODD(low, high), limit, alpha));
+    }
+}
 
 /* LANES x LANES transpose in registers: a perfect shuffle of the rows, repeated log2(LANES) times. */
 INLINE void transpose_block(vf *r) {

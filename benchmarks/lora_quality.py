@@ -43,7 +43,8 @@ def measure(args, folder: Path) -> dict:
     from xmoe.checkpoint.weights import convert, load
     from xmoe.config import load_config
     from xmoe.model.perplexity import mean_loss
-    from xmoe.training.trainer import RunConfig, Trainer
+    from xmoe.training.config import RunConfig
+    from xmoe.training.trainer import Trainer
 
     base = convert(args.checkpoint, folder / "base", "hf-mxfp4")
     # The shape is that of the packed checkpoint, whatever the config says: Hugging Face's layouts tie no embeddings.

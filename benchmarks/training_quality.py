@@ -32,7 +32,8 @@ from xmoe.config import dump_config, load_config
 from xmoe.data.cache import digest
 from xmoe.errors import ConfigError
 from xmoe.outputs import new_file
-from xmoe.training.trainer import RunConfig, Trainer, train
+from xmoe.training.config import RunConfig
+from xmoe.training.trainer import Trainer, train
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "train"
 QUESTIONS = ("python", "optimizer", "balance", "effort", "wikitext2", "shakespeare")

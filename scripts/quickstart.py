@@ -38,7 +38,8 @@ def main(argv: list[str] | None = None) -> None:
     from xmoe.model.describe import describe
     from xmoe.model.perplexity import mean_loss, perplexity
     from xmoe.outputs import new_file
-    from xmoe.training.trainer import RunConfig, train
+    from xmoe.training.config import RunConfig
+    from xmoe.training.trainer import train
 
     output = Path(arguments.output)
     config = load_config(RunConfig, arguments.config, arguments.set)

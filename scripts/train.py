@@ -26,7 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
 
     # Imported late, so that --help and a wrong flag answer at once.
-    from xmoe.training.trainer import RunConfig, train
+    from xmoe.training.config import RunConfig
+    from xmoe.training.trainer import train
 
     if args.config is None:
         if not (args.resume and args.output):

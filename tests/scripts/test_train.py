@@ -14,7 +14,7 @@ import pytest
 
 from xmoe import command
 from xmoe.config import load_config
-from xmoe.training.trainer import RunConfig
+from xmoe.training.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "train.py"

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
+import shutil
+from pathlib import Path
 
 import pytest
+
+from xmoe.training.trainer import train
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +55,16 @@ log: {{every: 3}}
     del os.environ["XMOE_CACHE"]
     if before is not None:
         os.environ["XMOE_CACHE"] = before
+
+
+@pytest.fixture(scope="module")
+def finished(config_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "whole"
+    train(config_file, output=folder, console=io.StringIO())
+    return folder
+
+
+@pytest.fixture
+def whole(finished, tmp_path):
+    """The run that never stopped, one copy for each test."""
+    return Path(shutil.copytree(finished, tmp_path / "whole"))

@@ -23,8 +23,9 @@ from xmoe.model.config import preset
 from xmoe.model.transformer import build
 from xmoe.quantization.packed import PackedWeight
 from xmoe.training.adapters import LoRAConfig, add_adapters
+from xmoe.training.config import RunConfig
 from xmoe.training.optim import Optimizer
-from xmoe.training.trainer import RunConfig, Trainer, train
+from xmoe.training.trainer import Trainer, train
 
 EVERYTHING = LoRAConfig(rank={"attention": 5, "experts": 3, "router": 2}, alpha=6.0)
 RUN = """

@@ -19,15 +19,15 @@ from xmoe.checkpoint import train_state
 from xmoe.config import dump_config, load_config, to_dict
 from xmoe.errors import CheckpointError, ConfigError
 from xmoe.outputs import check_free, new_file
+from xmoe.training.config import RunConfig
 
 CONFIG = "run.yaml"
 
 
-def check_output(folder: Path, config, resume: bool, overwrite: bool) -> int:
+def check_output(folder: Path, config: RunConfig, resume: bool, overwrite: bool) -> int:
     """Refuse a folder that must not be touched; return the step to resume from, 0 to start.
 
-    Args:
-        config: a `RunConfig`; a run goes on only under the model, data and optim it began with.
+    A run goes on only under the model, data, optim and lora it began with.
     """
     filled = folder.is_dir() and any(folder.iterdir())
     is_run = (folder / CONFIG).is_file()
@@ -50,7 +50,7 @@ def check_output(folder: Path, config, resume: bool, overwrite: bool) -> int:
         raise CheckpointError(
             f"{folder} is no run folder (it has no {CONFIG}); give --output the folder of the run to resume"
         )
-    before = load_config(type(config), folder / CONFIG)
+    before = load_config(RunConfig, folder / CONFIG)
     if before.train.init_from != config.train.init_from or (before.lora is None) != (config.lora is None):
         raise ConfigError(
             f"the run in {folder} began {_beginning(before)} and cannot go on {_beginning(config)}; start a new --output"
@@ -68,7 +68,7 @@ def check_output(folder: Path, config, resume: bool, overwrite: bool) -> int:
     return steps[-1] if steps else 0
 
 
-def _beginning(config) -> str:
+def _beginning(config: RunConfig) -> str:
     what = "from random weights" if config.train.init_from is None else f"from {config.train.init_from}"
     return what + (" with adapters" if config.lora else "")
 
@@ -87,7 +87,7 @@ def check_disk(folder: Path, model: nn.Module, optimizer: str, saves: int) -> No
         )
 
 
-def open_folder(folder: Path, config, resume_step: int, resume: bool) -> None:
+def open_folder(folder: Path, config: RunConfig, resume_step: int, resume: bool) -> None:
     """The first thing that touches the disk: make the folder, or tidy what a killed run left, and write the config."""
     if not resume and folder.exists():
         shutil.rmtree(folder)  # empty, or a run that --overwrite gave up

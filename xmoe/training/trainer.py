@@ -15,146 +15,32 @@ import math
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TextIO
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from xmoe import device as devices
-from xmoe.checkpoint import adapters, sidecars, train_state, weights
-from xmoe.checkpoint.opened import Checkpoint
+from xmoe.checkpoint import adapters, train_state, weights
 from xmoe.config import load_config, to_dict
-from xmoe.data.stream import DataConfig, load_data
-from xmoe.data.tokenizer import Tokenizer, check_vocabulary
+from xmoe.data.stream import load_data
+from xmoe.data.tokenizer import check_vocabulary
 from xmoe.errors import ConfigError
 from xmoe.kernels import dispatch
-from xmoe.model.adapter import adapted
-from xmoe.model.config import ModelConfig
 from xmoe.model.perplexity import bits_per_byte, mean_loss, perplexity
-from xmoe.model.transformer import Transformer, build
-from xmoe.training.adapters import LoRAConfig, add_adapters
+from xmoe.training import start
+from xmoe.training.config import RunConfig
 from xmoe.training.effort import EffortSampler
 from xmoe.training.guard import Guard, gradient_norms
 from xmoe.training.interrupt import Interruption
 from xmoe.training.loss import StepLoad, training_loss
-from xmoe.training.metrics import Log, LogConfig, Window
-from xmoe.training.optim import OptimConfig, Optimizer
+from xmoe.training.metrics import Log, Window
+from xmoe.training.optim import Optimizer
 from xmoe.training.run_folder import check_disk, check_output, open_folder
 from xmoe.training.selection_bias import SelectionBias
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """The `train` section of a run: how long, how much at once, which losses, when to look and to save."""
-
-    steps: int = 1000
-    micro_batch: int = 8  # sequences in one forward pass
-    grad_accum: int = 1  # forward passes in one step
-    init_from: str | None = None  # a checkpoint (folder or hub name) to start from: its shape, weights and tokenizer
-    seed: int = 0
-    device: str = "auto"
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16: autocast, weights stay float32
-    activation_checkpointing: bool = (
-        False  # keep block inputs only and compute the rest again: less memory, a third more time
-    )
-    load_balancing_coef: float = 0.01
-    z_loss_coef: float = 0.001
-    selection_bias_rate: float = 0.0  # above 0: balance by a bias in the choice, as well as or instead of by a loss
-    effort_sampling: Literal["none", "step", "layer"] = (
-        "none"  # draw experts per token for each step, or for each layer of it
-    )
-    effort_weights: dict[str, float] = field(default_factory=lambda: {"low": 0.1, "medium": 0.2, "high": 0.7})
-    validate_every: int = 100
-    save_every: int = 500
-    keep_saves: int = 1  # resume points that stay on disk
-    spike_nats: float = 2.0  # stop when a step's loss lies this far above its running average; 0: never
-
-    ALIASES: ClassVar[dict[str, str]] = {
-        "init_checkpoint": "init_from",
-        "pretrained": "init_from",
-        "checkpoint": "init_from",
-        "model_name_or_path": "init_from",
-        "max_steps": "steps",
-        "max_iters": "steps",
-        "num_steps": "steps",
-        "batch_size": "micro_batch",
-        "micro_batch_size": "micro_batch",
-        "per_device_train_batch_size": "micro_batch",
-        "gradient_accumulation_steps": "grad_accum",
-        "accumulation_steps": "grad_accum",
-        "dtype": "precision",
-        "aux_loss_coef": "load_balancing_coef",
-        "aux_loss": "load_balancing_coef",
-        "lb_loss": "load_balancing_coef",
-        "router_aux_loss_coef": "load_balancing_coef",
-        "router_z_loss": "z_loss_coef",
-        "router_z_loss_coef": "z_loss_coef",
-        "gradient_checkpointing": "activation_checkpointing",
-        "eval_interval": "validate_every",
-        "eval_every": "validate_every",
-        "eval_steps": "validate_every",
-        "save_steps": "save_every",
-        "checkpoint_every": "save_every",
-        "save_total_limit": "keep_saves",
-    }
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "micro_batch", "grad_accum", "validate_every", "save_every", "keep_saves"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name} is {getattr(self, name)}; expected 1 or more")
-        for name in ("load_balancing_coef", "z_loss_coef", "selection_bias_rate", "spike_nats"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"train.{name} is {getattr(self, name)}; expected 0 or more")
-        if any(not weight >= 0 for weight in self.effort_weights.values()) or not sum(self.effort_weights.values()) > 0:
-            raise ConfigError(f"train.effort_weights is {self.effort_weights}; expected shares of 0 or more, not all 0")
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Everything a run is made from; `run.yaml` in a run folder is one of these, resolved.
-
-    Without a `model` section the shape is that of `train.init_from`. With a `lora` section that model stays as it is, and
-    adapters beside it are trained and saved.
-    """
-
-    model: ModelConfig | None = None
-    data: DataConfig = field(default_factory=DataConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-    lora: LoRAConfig | None = None
-
-    def __post_init__(self) -> None:
-        if self.model is None:
-            if self.train.init_from is None:
-                raise ConfigError(
-                    "model is missing: a section with a preset or with sizes, or a checkpoint in train.init_from"
-                )
-            object.__setattr__(self, "model", Checkpoint(self.train.init_from).config)
-        if self.lora is not None and self.train.init_from is None:
-            raise ConfigError(
-                "lora trains adapters beside a model that is there; name its checkpoint in train.init_from"
-            )
-        if self.lora is not None and self.train.selection_bias_rate:
-            raise ConfigError("train.selection_bias_rate would change the model that lora leaves as it is; set it to 0")
-        if self.lora is not None:
-            adapted(self.lora.settings, self.model.num_hidden_layers)  # says which layer is not there
-        longest, table = self.model.max_position_embeddings, self.model.reasoning_effort
-        if self.data.seq_len > longest:
-            raise ConfigError(
-                f"data.seq_len is {self.data.seq_len}, longer than the model's context of {longest}; "
-                "shorten it or raise model.max_position_embeddings"
-            )
-        if self.train.effort_sampling != "none":
-            unknown = set(self.train.effort_weights) - set(table or {})
-            if unknown:
-                raise ConfigError(
-                    f"train.effort_sampling draws {', '.join(sorted(unknown))}, which model.reasoning_effort does not list; "
-                    f"it has {table}; for example {{low: 1, medium: 2, high: 4}}"
-                )
 
 
 @dataclass(frozen=True)
@@ -221,13 +107,13 @@ class Trainer:
         self.resume_step = check_output(self.output, config, resume, overwrite)
 
         devices.seed_everything(config.train.seed + devices.rank())
-        self.data = load_data(config.data, self._tokenizer())
+        self.data = load_data(config.data, start.tokenizer(config))
         check_vocabulary(self.data.tokenizer, config.model.vocab_size)
         ranks = {"rank": devices.rank(), "world_size": devices.world_size()}
         self.batches = self.data.train_batches(config.train.micro_batch, seed=config.train.seed, **ranks)
         held_out = self.data.validation is not None
         self.validation = self.data.validation_batches(config.train.micro_batch, **ranks) if held_out else None
-        self.model = self._model()
+        self.model = start.model(config, self.output, self.resume_step, self.device, self.dtype)
         self.model.recompute = config.train.activation_checkpointing
         self.optimizer = Optimizer(self.model, config.optim, config.train.steps)
         rate = config.train.selection_bias_rate
@@ -236,7 +122,7 @@ class Trainer:
         self.guard = Guard(config.train.spike_nats)
         self.window = Window()
         if self.resume_step:
-            self._load()
+            self._restore()
         check_disk(self.output, self.model, config.optim.name, config.train.keep_saves)
 
     # ------------------------------------------------------------------------------------------------------- the loop
@@ -372,6 +258,18 @@ class Trainer:
                 weights.save(self.model, folder, layout="native", tokenizer=self.data.tokenizer)
         train_state.publish(self.output, done)
 
+    def _restore(self) -> None:
+        """Take up all that `save` kept beside the weights, which the model has had from its start."""
+        state = train_state.load_state(self.output, self.resume_step)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.batches.load_state_dict(state["data"])
+        self.window.load_state_dict(state["window"])
+        self.guard.load_state_dict(state["guard"])
+        if self.bias and state["selection_bias"]:
+            self.bias.load_state_dict(state["selection_bias"])
+            self.bias.apply(self.resume_step / self.config.train.steps)
+        train_state.restore_random_state(state["random"])
+
     def describe(self) -> list[str]:
         """What a reader wants to know before the first step."""
         model, train = self.config.model, self.config.train
@@ -402,53 +300,6 @@ class Trainer:
     def _autocast(self):
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
-    def _tokenizer(self) -> Tokenizer | None:
-        """That of the checkpoint the run starts from, where it has one."""
-        if self.config.train.init_from is None:
-            return None
-        checkpoint = Checkpoint(self.config.train.init_from)
-        return sidecars.load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
-
-    def _model(self) -> Transformer:
-        config, source = self.config, self.config.train.init_from
-        saved = train_state.step_folder(self.output, self.resume_step) if self.resume_step else None
-        if config.lora:  # what stays as it is stays as it is stored, packed experts too, unless fp32 is asked for
-            dtype = "float32" if self.dtype == torch.float32 else "auto"
-            model = self._open(source, dtype=dtype)
-            self._check_shape(model)
-            add_adapters(model, config.lora, config.train.seed)
-            if saved:
-                adapters.restore(model, saved)
-            return model
-        model = build(config.model, self.device, torch.float32, config.train.seed)
-        if saved or source:
-            start = self._open(saved or source, dtype="float32", experts="dense")
-            if not saved:
-                self._check_shape(start)
-            # Copied, not adopted: a tensor inside a mapped file may start at an odd address, and matrix products then add up
-            # in another order than they did before the save.
-            model.load_state_dict(start.state_dict())
-            for block, other in zip(model.blocks, start.blocks):
-                block.moe.router.selection_bias = other.moe.router.selection_bias
-            if (
-                source
-            ):  # what else stands beside its weights comes along; the run folder has it once something was saved
-                folder = self.output if saved else start.source.folder
-                model.source = start.source._replace(folder=folder)
-        return model
-
-    def _open(self, folder: str | Path, **how: str) -> Transformer:
-        return weights.load(folder, device=self.device, **how)[0]
-
-    def _check_shape(self, start: Transformer) -> None:
-        if start.config != self.config.model:
-            was, now = to_dict(start.config), to_dict(self.config.model)
-            key = next(key for key in was if was[key] != now[key])
-            raise ConfigError(
-                f"{self.config.train.init_from} has {key} {was[key]!r} and the model section says {now[key]!r}; "
-                "leave that section out"
-            )
-
     def _effort(self) -> EffortSampler | None:
         train, model = self.config.train, self.config.model
         if train.effort_sampling == "none":
@@ -457,17 +308,6 @@ class Trainer:
         return EffortSampler(
             model.reasoning_effort, train.effort_weights, per_layer, model.num_hidden_layers, train.seed
         )
-
-    def _load(self) -> None:
-        state = train_state.load_state(self.output, self.resume_step)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.batches.load_state_dict(state["data"])
-        self.window.load_state_dict(state["window"])
-        self.guard.load_state_dict(state["guard"])
-        if self.bias and state["selection_bias"]:
-            self.bias.load_state_dict(state["selection_bias"])
-            self.bias.apply(self.resume_step / self.config.train.steps)
-        train_state.restore_random_state(state["random"])
 
     def _repeat(self, micro: list[tuple[Tensor, Tensor]], experts_per_token: int | list[int] | None) -> None:
         for tokens, _ in micro:

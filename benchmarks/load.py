@@ -74,7 +74,7 @@ def write_checkpoint(folder: Path, layers: int, vocab_size: int) -> int:
     """A random hf-mxfp4 checkpoint of 20B's tensor shapes; returns the bytes of its tensors."""
     import torch
 
-    from xmoe.checkpoint.config_files import config_text
+    from xmoe.checkpoint.config_writing import config_text
     from xmoe.checkpoint.layouts import LAYOUTS, native_shapes, stored_shapes
     from xmoe.checkpoint.shards import ShardWriter
     from xmoe.model.config import preset

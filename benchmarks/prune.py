@@ -85,7 +85,7 @@ def make_checkpoint(folder: Path, layers: int) -> None:
     """Random bytes under the names and shapes of the published hf-mxfp4 layout."""
     import torch
 
-    from xmoe.checkpoint.config_files import config_text
+    from xmoe.checkpoint.config_writing import config_text
     from xmoe.checkpoint.layouts import LAYOUTS, native_shapes, stored_shapes
     from xmoe.checkpoint.shards import ShardWriter
     from xmoe.model.config import preset

@@ -20,7 +20,7 @@ from evaluation.encoding import TokenRequest
 from evaluation.scoring import Scorer
 from evaluation.settings import EvalConfig
 from evaluation.tasks import Answer, Benchmark, Example, score_choice
-from xmoe.checkpoint import config_files
+from xmoe.checkpoint import config_reading
 from xmoe.errors import ConfigError
 from xmoe.generation.generate import generate
 from xmoe.generation.harmony import Conversation, Harmony, Message
@@ -132,7 +132,7 @@ def generated_answers(
 def end_tokens(scorer: Scorer) -> frozenset[int]:
     """Where plain generation ends: the tokenizer's end of text, and what the checkpoint says of itself."""
     source = getattr(scorer.model, "source", None)
-    stated = frozenset() if source is None else config_files.end_tokens(source.folder, source.extra)
+    stated = frozenset() if source is None else config_reading.end_tokens(source.folder, source.extra)
     return stated | ({scorer.tokenizer.eos_id} - {None})
 
 

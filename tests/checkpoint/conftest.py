@@ -1,4 +1,4 @@
-"""Random checkpoints in the published layouts, written here by hand so that no code under test takes part.
+"""Random checkpoints in the published layouts, written here by hand so that no code under test takes part in them.
 
 `published` is the one place that knows the foreign names twice: a slip in the product's tables cannot repeat itself here.
 """
@@ -12,6 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import save_file
+
+from xmoe.checkpoint.config_reading import to_model_config
+from xmoe.checkpoint.config_writing import config_text
+from xmoe.checkpoint.layouts import LAYOUTS
+from xmoe.model.config import ModelConfig, preset
 
 GRID = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 
@@ -211,6 +216,28 @@ def published(tmp_path):
         return folder if folder.exists() else write_published(folder, layout, shape, random_tensors(shape, seed))
 
     return write
+
+
+@pytest.fixture
+def gpt_oss():
+    """(**changes) -> the config.json of a GPT-OSS of two layers, as published; a value of None removes the key."""
+
+    def changed(**changes) -> dict:
+        content = json.loads(config_text(preset("gpt_oss_20b", num_hidden_layers=2), LAYOUTS["hf-mxfp4"])) | changes
+        return {k: v for k, v in content.items() if v is not None}
+
+    return changed
+
+
+@pytest.fixture
+def read():
+    """(content, experts of each layer) -> ModelConfig, and the keys that were left over."""
+
+    def understood(content: dict, experts: list[int] | None = None) -> tuple[ModelConfig, dict]:
+        layers = content["num_hidden_layers"]
+        return to_model_config(content, experts or [content.get("num_local_experts", 8)] * layers, Path("config"))
+
+    return understood
 
 
 @pytest.fixture

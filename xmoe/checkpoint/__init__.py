@@ -1,10 +1,18 @@
 """Everything that reads or writes weights.
 
-shards.py        tensors of a folder of safetensors files: lazily read, copied row by row, written file by file
-layouts.py       what each layout calls the model's tensors, as tables that work in both directions
-config_files.py  config.json in all its spellings <-> ModelConfig
-opened.py        Checkpoint: a folder whose every tensor has been accounted for, read under the model's own names
-weights.py       load, save, convert, stream_layers
-hub.py           "org/name" or a folder -> a local folder
-train_state.py   the resume point of a training run
+shards.py          tensors of a folder of safetensors files: lazily read, copied row by row, written file by file
+layouts.py         what each layout calls the model's tensors, as tables that work in both directions
+config_keys.py     the keys of config.json, looked up by any of their spellings
+layer_experts.py   how many experts each layer has by the word of a config.json
+config_reading.py  config.json in all its spellings -> ModelConfig
+config_writing.py  ModelConfig -> config.json, in the words of each layout
+sidecars.py        the small files beside the weights
+forms.py           in which form a native checkpoint holds an expert weight
+hub.py             "org/name" or a folder -> a local folder
+opened.py          Checkpoint: a folder whose every tensor has been accounted for, read under the model's own names
+huge_pages.py      weights moved into huge pages, for decoding
+export.py          what a checkpoint will consist of in a given layout, and the writing of it
+weights.py         load, save, convert, stream_layers
+adapters.py        adapters on disk, and merged into the weights they stand beside
+train_state.py     the resume point of a training run
 """

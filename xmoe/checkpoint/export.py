@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xmoe.checkpoint import config_files, sidecars
+from xmoe.checkpoint import config_writing, sidecars
+from xmoe.checkpoint.config_keys import CONFIG, GENERATION
 from xmoe.checkpoint.layouts import Layout, Rule, from_native, is_expert_weight, stored_shapes
 from xmoe.checkpoint.shards import ShardWriter
 from xmoe.data.tokenizer import Tokenizer
@@ -45,7 +46,7 @@ class Plan:
         dtype: torch.dtype | None,
         encode: Callable[[Tensor], PackedWeight] = PackedWeight.encode,
     ):
-        config_files.check_expressible(config, layout)
+        config_writing.check_expressible(config, layout)
         native = layout.name == "native"
         if biases and not native:
             raise ConfigError(
@@ -119,11 +120,11 @@ def write_small_files(
     elif (folder / "tokenizer.json").is_file():
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
     if layout.name in ("hf-mxfp4", "hf-bf16"):
-        if config.vocab_size != config_files.HARMONY_VOCABULARY:
+        if config.vocab_size != config_writing.HARMONY_VOCABULARY:
             extra = {**sidecars.token_ids(tokenizer), **extra}
-        generation = config_files.generation_text(config, extra)
-        if generation is not None and not (folder / config_files.GENERATION).exists():
-            (folder / config_files.GENERATION).write_text(generation, encoding="utf-8")
+        generation = config_writing.generation_text(config, extra)
+        if generation is not None and not (folder / GENERATION).exists():
+            (folder / GENERATION).write_text(generation, encoding="utf-8")
         if tokenizer is not None and not (folder / "tokenizer_config.json").exists():
             sidecars.write_tokenizer_config(folder, tokenizer, config.max_position_embeddings)
     if layout.name == "openai":
@@ -131,5 +132,5 @@ def write_small_files(
         names = dict.fromkeys(plan.tensors, "BF16")
         names |= {n: label for rule, both in labels.items() for n, label in zip(rule.foreign, both)}
         (folder / "dtypes.json").write_text(json.dumps(names, indent=2) + "\n", encoding="utf-8")
-    text = config_files.config_text(config, layout, extra)
-    (folder / config_files.CONFIG).write_text(text, encoding="utf-8")
+    text = config_writing.config_text(config, layout, extra)
+    (folder / CONFIG).write_text(text, encoding="utf-8")

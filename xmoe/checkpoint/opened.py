@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from xmoe.checkpoint import config_files, forms
+from xmoe.checkpoint import config_reading, forms
+from xmoe.checkpoint.config_keys import CONFIG
 from xmoe.checkpoint.hub import local_folder
 from xmoe.checkpoint.layouts import (
     SELECTION_BIAS,
@@ -49,19 +50,19 @@ class Checkpoint:
 
     def __init__(self, path: str | Path):
         self.folder = local_folder(path)
-        file = self.folder / config_files.CONFIG
+        file = self.folder / CONFIG
         if not file.is_file() and (self.folder / ADAPTER).is_file():
             raise CheckpointError(
                 f"{self.folder} holds an adapter and no model; give it as --adapter, beside the --checkpoint it was trained on"
             )
         if not file.is_file() and not any(self.folder.glob("*.safetensors")):
             ShardReader(self.folder)  # says what is there instead of weights
-        content = config_files.read_config(self.folder)
+        content = config_reading.read_config(self.folder)
         self.reader = ShardReader(self.folder)
         self.layout: Layout = detect(self.reader, self.folder)
-        config_files.check_quantization(content, self.layout, file)
-        experts = self._count_experts(config_files.number_of_layers(content, file))
-        self.config, self.extra = config_files.to_model_config(content, experts, file)
+        config_reading.check_quantization(content, self.layout, file)
+        experts = self._count_experts(config_reading.number_of_layers(content, file))
+        self.config, self.extra = config_reading.to_model_config(content, experts, file)
         if self.config.tie_word_embeddings and self.layout.top[-1].foreign[0] in self.reader:
             raise CheckpointError(
                 f"{file} says tie_word_embeddings, but the weights have {self.layout.top[-1].foreign[0]}; "

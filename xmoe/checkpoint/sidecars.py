@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from xmoe.checkpoint.config_files import GENERATION
+from xmoe.checkpoint.config_keys import GENERATION
 from xmoe.data.tokenizer import Tokenizer
 from xmoe.errors import CheckpointError
 

@@ -254,7 +254,7 @@ def save(
             in which GPT-OSS is published, in the others.
 
     Raises:
-        ConfigError: the layout cannot express the model (:func:`~xmoe.checkpoint.config_files.check_expressible`), or
+        ConfigError: the layout cannot express the model (:func:`~xmoe.checkpoint.config_writing.check_expressible`), or
             `folder` holds something and `overwrite` is off.
     """
     values = _model_values(model)

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from xmoe.checkpoint import config_files, forms, sidecars
+from xmoe.checkpoint import forms, sidecars
+from xmoe.checkpoint.config_keys import CONFIG
 from xmoe.checkpoint.layouts import SELECTION_BIAS
 from xmoe.checkpoint.opened import Checkpoint
 from xmoe.checkpoint.shards import MAX_SHARD_BYTES, ShardWriter, read_json
@@ -166,7 +167,7 @@ def _padding(plan: PrunePlan) -> int:
 
 def _write_config(checkpoint: Checkpoint, plan: PrunePlan, padded_to: int | None, folder: Path) -> None:
     """config.json with new counts under whatever names the source has for them, all else as it was."""
-    content: dict[str, Any] = read_json(checkpoint.folder / config_files.CONFIG)
+    content: dict[str, Any] = read_json(checkpoint.folder / CONFIG)
     after = pruned_config(checkpoint.config, plan)
     counts: Any = padded_to or after.num_experts
     counts = list(counts) if isinstance(counts, tuple) else counts
@@ -183,4 +184,4 @@ def _write_config(checkpoint: Checkpoint, plan: PrunePlan, padded_to: int | None
             shutil.copyfile(labels, folder / "dtypes.json")
     else:
         content["kept_experts"] = [list(row) for row in plan.kept]
-    (folder / config_files.CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -5,13 +5,19 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard xmoe/kernels/cpu/*.c xmoe/kernels/cpu/*.h) xmoe/kernels/cpu/build.py
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test lint format gpu clean
+.PHONY: quickstart test hunt lint format gpu clean
+ROUNDS ?= 5
 
 quickstart: $(VENV)/.installed  ## train, record, prune, compare and talk, on the CPU, in a few minutes
 	$(BIN)/python scripts/quickstart.py
 
 test: $(VENV)/.installed-dev lint  ## the linter and all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 tests
+
+hunt: $(VENV)/.installed-dev  ## the property tests on new random examples, ROUNDS times
+	for round in $$(seq $(ROUNDS)); do \
+	  HYPOTHESIS_PROFILE=random OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -m hypothesis tests || exit 1; \
+	done
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

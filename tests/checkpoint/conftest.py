@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from xmoe.checkpoint.config_reading import to_model_config
 from xmoe.checkpoint.config_writing import config_text
@@ -216,6 +216,29 @@ def published(tmp_path):
         return folder if folder.exists() else write_published(folder, layout, shape, random_tensors(shape, seed))
 
     return write
+
+
+@pytest.fixture
+def everything():
+    """(folder) -> all its tensors, read by the safetensors library alone."""
+
+    def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+        return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+    return tensors_of
+
+
+@pytest.fixture
+def same_bytes():
+    """Two dicts of tensors have the same names, dtypes, shapes and bytes."""
+
+    def check(a: dict, b: dict) -> None:
+        assert a.keys() == b.keys()
+        for name in a:
+            assert a[name].dtype == b[name].dtype and a[name].shape == b[name].shape, name
+            assert torch.equal(a[name].contiguous().view(torch.uint8), b[name].contiguous().view(torch.uint8)), name
+
+    return check
 
 
 @pytest.fixture

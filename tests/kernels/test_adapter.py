@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from xmoe.kernels import dispatch, portable, reference
+from xmoe.kernels import dispatch, reference
 from xmoe.kernels.adapter import Adapter
 from xmoe.kernels.cpu import backend as cpu
 from xmoe.kernels.cpu import packed as cpu_packed
+from xmoe.kernels.portable import backend as portable
 from xmoe.quantization.packed import PackedWeight
 
 T, K, D, N, E = 23, 3, 96, 64, 7  # N: width inside an expert; no two sizes alike

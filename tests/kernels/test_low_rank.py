@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from xmoe.kernels import dispatch, grouped_mm, portable, reference
+from xmoe.kernels import dispatch, grouped_mm, reference
 from xmoe.kernels.adapter import Adapter
 from xmoe.kernels.cpu import backend as cpu
 from xmoe.kernels.cuda import backend as triton_backend
+from xmoe.kernels.portable import backend as portable
 from xmoe.quantization.packed import PackedWeight
 
 T, K, D, F, E = 23, 2, 48, 40, 5

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from xmoe.errors import ConfigError
-from xmoe.kernels import memory, portable, reference
+from xmoe.kernels import memory, reference
 from xmoe.kernels.adapter import Adapter
 from xmoe.kernels.cpu import backend as cpu
 from xmoe.kernels.cpu import decode_step as cpu_decode_step
 from xmoe.kernels.cpu import packed as cpu_packed
 from xmoe.kernels.cpu.products import FORMS, packed_parts, takes_packed
 from xmoe.kernels.cuda import backend as triton_backend
+from xmoe.kernels.portable import backend as portable
 from xmoe.quantization.packed import PackedWeight
 
 BACKENDS = ("reference", "portable", "cpu", "triton")

@@ -1,6 +1,6 @@
 """The fast paths against the plain reference, value for value and gradient for gradient: C kernels and portable PyTorch.
 
-One body for both backends: `backend` is a parameter. What only one of them does stands at the end, or in test_portable.
+One body for both backends: `backend` is a parameter. What only one of them does stands at the end, or in ../portable.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from xmoe.errors import ConfigError
-from xmoe.kernels import dispatch, portable, reference
+from xmoe.kernels import dispatch, reference
 from xmoe.kernels.cpu import backend as cpu
 from xmoe.kernels.cpu import build
 from xmoe.kernels.cpu import library as cpu_library
+from xmoe.kernels.portable import backend as portable
 
 needs_c = pytest.mark.skipif(not cpu.available(), reason=cpu.reason() or "C kernels are there")
 BACKENDS = [pytest.param(cpu, id="cpu", marks=needs_c), pytest.param(portable, id="portable")]

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xmoe.kernels import dispatch, portable, reference
+from xmoe.kernels import dispatch, reference
 from xmoe.kernels.cpu import backend as cpu
+from xmoe.kernels.portable import backend as portable
 from xmoe.quantization.packed import PackedWeight
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.reason() or "C kernels are there")

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from xmoe.errors import ConfigError
-from xmoe.kernels import decoded, dispatch, memory
-from xmoe.kernels.decoded import DecodedExperts
+from xmoe.kernels import dispatch, memory
+from xmoe.kernels.portable import decoded, experts
+from xmoe.kernels.portable.decoded import DecodedExperts
 from xmoe.quantization.compound import MixedWeight, PackedFactors
 from xmoe.quantization.packed import PackedWeight
 
@@ -136,8 +137,6 @@ def test_a_weight_that_is_gone_takes_its_matrices_along():
 
 
 def test_portable_decoding_gives_the_same_bits_with_and_without(monkeypatch):
-    from xmoe.kernels import portable
-
     g = torch.Generator().manual_seed(3)
     up, down = packed(5, 2 * 32, 64), packed(5, 64, 32, seed=1)
     biases = torch.randn(5, 64, generator=g), torch.randn(5, 64, generator=g)
@@ -150,23 +149,21 @@ def test_portable_decoding_gives_the_same_bits_with_and_without(monkeypatch):
 
     found = []
     for limit in (0, 1 << 20):
-        monkeypatch.setattr(portable, "_decoded", DecodedExperts(limit))
+        monkeypatch.setattr(experts, "_decoded", DecodedExperts(limit))
         found += [run(), run()]
-    assert portable._decoded.nbytes == 4 * (2 * 32 * 64 + 64 * 32) * 4, "four experts of two matrices, fp32"
+    assert experts._decoded.nbytes == 4 * (2 * 32 * 64 + 64 * 32) * 4, "four experts of two matrices, fp32"
     assert all(torch.equal(found[0], y) for y in found[1:])
     with dispatch.use("portable"):  # gradients may be wanted: nothing new is kept
-        monkeypatch.setattr(portable, "_decoded", DecodedExperts(1 << 20))
+        monkeypatch.setattr(experts, "_decoded", DecodedExperts(1 << 20))
         dispatch.experts(x.requires_grad_(), indices, weights, up, biases[0], down, biases[1])
-    assert portable._decoded.nbytes == 0
+    assert experts._decoded.nbytes == 0
 
 
 def test_what_a_prompt_decoded_serves_the_tokens_behind_it(monkeypatch):
-    from xmoe.kernels import portable
-
     g = torch.Generator().manual_seed(3)
     up, down = packed(5, 2 * 32, 64), packed(5, 64, 32, seed=1)
     biases = torch.randn(5, 64, generator=g), torch.randn(5, 64, generator=g)
-    monkeypatch.setattr(portable, "_decoded", DecodedExperts(1 << 20))
+    monkeypatch.setattr(experts, "_decoded", DecodedExperts(1 << 20))
     asked = []
     monkeypatch.setattr(decoded, "_decoded", lambda w, e, dtype: asked.append((w is up, e)) or w.decode([e], dtype)[0])
     with torch.no_grad(), dispatch.use("portable"):

@@ -1,4 +1,4 @@
-"""The experts of `portable` where no gradient is wanted: on the CPU, with the weights as the left factor of each product.
+"""The experts where no gradient is wanted: on the CPU, with the weights as the left factor of each product.
 
 W x^T rather than x W^T: oneDNN rearranges its right factor before it multiplies. That is an expert's few rows here, and
 there it would be a matrix of 33 MB; at 16 to 64 rows the products take a fifth to a third less time. Rows therefore

@@ -76,7 +76,7 @@ def write_checkpoint(folder: Path, layers: int, vocab_size: int) -> int:
 
     from xmoe.checkpoint.config_writing import config_text
     from xmoe.checkpoint.layouts import LAYOUTS, native_shapes, stored_shapes
-    from xmoe.checkpoint.shards import ShardWriter
+    from xmoe.checkpoint.shard_writer import ShardWriter
     from xmoe.model.config import preset
 
     config, layout = preset("gpt_oss_20b", num_hidden_layers=layers, vocab_size=vocab_size), LAYOUTS["hf-mxfp4"]

@@ -9,7 +9,9 @@ import torch
 
 from xmoe.checkpoint import huge_pages
 from xmoe.checkpoint.huge_pages import HugePageReader
-from xmoe.checkpoint.shards import ALIGNMENT, SINGLE, ShardReader, ShardWriter
+from xmoe.checkpoint.shard_header import ALIGNMENT
+from xmoe.checkpoint.shard_reader import ShardReader
+from xmoe.checkpoint.shard_writer import SINGLE, ShardWriter
 from xmoe.checkpoint.weights import load
 from xmoe.errors import CheckpointError
 from xmoe.kernels import memory

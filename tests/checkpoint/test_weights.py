@@ -125,7 +125,7 @@ def test_a_save_that_fails_leaves_the_old_one(random_model, tmp_path, monkeypatc
     before = everything(tmp_path / "m")
     with pytest.raises(ConfigError, match="already exists"):
         save(model, tmp_path / "m")
-    from xmoe.checkpoint.shards import ShardWriter
+    from xmoe.checkpoint.shard_writer import ShardWriter
 
     def full(self, name, tensor):
         raise OSError(28, "No space left on device")

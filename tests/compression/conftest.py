@@ -9,7 +9,8 @@ import torch
 
 from xmoe.checkpoint.layouts import LAYOUTS
 from xmoe.checkpoint.opened import Checkpoint
-from xmoe.checkpoint.shards import ShardReader, ShardWriter
+from xmoe.checkpoint.shard_reader import ShardReader
+from xmoe.checkpoint.shard_writer import ShardWriter
 from xmoe.checkpoint.weights import load, save
 from xmoe.model.config import ModelConfig
 from xmoe.model.describe import describe

@@ -14,7 +14,7 @@ import time
 import pytest
 import torch
 
-from xmoe.checkpoint.shards import ShardReader
+from xmoe.checkpoint.shard_reader import ShardReader
 from xmoe.checkpoint.weights import load
 from xmoe.compression.apply import mask, prune
 from xmoe.compression.cut import prune_checkpoint
@@ -220,13 +220,13 @@ def test_an_existing_output_is_left_alone(checkpoint, tmp_path):
 
 
 def test_a_full_disk_leaves_nothing(checkpoint, tmp_path, monkeypatch):
-    from xmoe.checkpoint import shards
+    from xmoe.checkpoint.shard_writer import ShardWriter
 
     def full(self, *args, **options):
         raise OSError(28, "No space left on device")
 
     source = checkpoint("native")
-    monkeypatch.setattr(shards.ShardWriter, "copy_rows", full)
+    monkeypatch.setattr(ShardWriter, "copy_rows", full)
     with pytest.raises(OSError, match="No space left"):
         prune_checkpoint(source, plan_of(UNEQUAL_IDS), tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir() if "out" in p.name] == []
@@ -237,7 +237,7 @@ def test_kill_while_pruning_leaves_no_folder_that_looks_complete(checkpoint, tmp
     plan_of(UNEQUAL_IDS).save(tmp_path / "plan.json")
     code = (
         "import sys, time\n"
-        "from xmoe.checkpoint.shards import ShardWriter\n"
+        "from xmoe.checkpoint.shard_writer import ShardWriter\n"
         "from xmoe.compression.cut import prune_checkpoint\n"
         "from xmoe.compression.plan import PrunePlan\n"
         "copy = ShardWriter.copy_rows\n"

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xmoe.checkpoint.shards import ShardReader
+from xmoe.checkpoint.shard_reader import ShardReader
 from xmoe.checkpoint.weights import load, save
 from xmoe.compression.magnitude import smallest
 from xmoe.compression.neurons import cut_neurons

@@ -7,7 +7,7 @@ import torch
 
 from xmoe.checkpoint import adapters as adapter_files
 from xmoe.checkpoint.opened import Checkpoint
-from xmoe.checkpoint.shards import ShardReader
+from xmoe.checkpoint.shard_reader import ShardReader
 from xmoe.checkpoint.weights import convert, load, save
 from xmoe.compression.apply import mask, prune
 from xmoe.compression.changed import save_changed

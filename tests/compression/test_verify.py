@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from xmoe.checkpoint.shards import ShardReader
+from xmoe.checkpoint.shard_reader import ShardReader
 from xmoe.compression.cut import prune_checkpoint
 from xmoe.compression.plan import PrunePlan
 from xmoe.compression.verify import verify

@@ -1,6 +1,10 @@
 """Everything that reads or writes weights.
 
-shards.py          tensors of a folder of safetensors files: lazily read, copied row by row, written file by file
+wording.py         words that messages share
+json_file.py       a JSON file, read with every mishap as one sentence
+shard_header.py    where each tensor of a safetensors file stands, checked and made
+shard_reader.py    tensors of a folder of safetensors files, lazily read
+shard_writer.py    tensors written file by file, or copied there row by row
 layouts.py         what each layout calls the model's tensors, as tables that work in both directions
 config_keys.py     the keys of config.json, looked up by any of their spellings
 layer_experts.py   how many experts each layer has by the word of a config.json

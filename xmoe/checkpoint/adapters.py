@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from xmoe.checkpoint.json_file import read_json
 from xmoe.checkpoint.layouts import mismatch, native_shapes
 from xmoe.checkpoint.opened import ADAPTER
-from xmoe.checkpoint.shards import read_header, read_json
+from xmoe.checkpoint.shard_header import read_header
 from xmoe.errors import CheckpointError, ConfigError
 from xmoe.model.adapter import GROUPS, LoRA, Settings, adapted, adapters, attach, detach, weight_of
 from xmoe.model.config import ModelConfig

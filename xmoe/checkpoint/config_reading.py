@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from xmoe.checkpoint.config_keys import CONFIG, GENERATION, HF_TYPE, NATIVE_TYPE, Keys
+from xmoe.checkpoint.json_file import read_json
 from xmoe.checkpoint.layer_experts import stated_experts
 from xmoe.checkpoint.layouts import Layout
-from xmoe.checkpoint.shards import read_json
 from xmoe.errors import CheckpointError, XmoeError
 from xmoe.model.config import EFFORTS, FULL, SLIDING, ModelConfig
 

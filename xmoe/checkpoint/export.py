@@ -15,7 +15,7 @@ from torch import Tensor
 from xmoe.checkpoint import config_writing, sidecars
 from xmoe.checkpoint.config_keys import CONFIG, GENERATION
 from xmoe.checkpoint.layouts import Layout, Rule, from_native, is_expert_weight, stored_shapes
-from xmoe.checkpoint.shards import ShardWriter
+from xmoe.checkpoint.shard_writer import ShardWriter
 from xmoe.data.tokenizer import Tokenizer
 from xmoe.errors import ConfigError
 from xmoe.model.config import ModelConfig

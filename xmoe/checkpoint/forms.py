@@ -16,7 +16,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from xmoe.checkpoint.layouts import packed_shapes
-from xmoe.checkpoint.shards import ShardReader
+from xmoe.checkpoint.shard_reader import ShardReader
 from xmoe.errors import CheckpointError
 from xmoe.quantization.compound import MixedWeight, PackedFactors
 from xmoe.quantization.mxfp4 import GROUP

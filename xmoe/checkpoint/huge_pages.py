@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from xmoe.checkpoint.shards import ALIGNMENT, ShardReader, TensorInfo
+from xmoe.checkpoint.shard_header import ALIGNMENT, TensorInfo
+from xmoe.checkpoint.shard_reader import ShardReader
 from xmoe.errors import CheckpointError
 from xmoe.kernels.memory import HUGE, empty_in_huge_pages, in_huge_pages
 

@@ -21,10 +21,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from xmoe.checkpoint.wording import few
 from xmoe.errors import CheckpointError
 from xmoe.model.config import ModelConfig
 from xmoe.quantization.mxfp4 import GROUP
 from xmoe.quantization.packed import FORMATS, PackedWeight
+
+_FEW = 5  # names that a message shows
 
 
 class Rule(NamedTuple):
@@ -259,7 +262,7 @@ def mismatch(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[
         parts.append(f"{len(extra)} left over: {_listed(extra, missing or list(expected))}")
     if shaped:
         texts = [f"{n} {list(found[n])} instead of {list(expected[n])}" for n in shaped]
-        parts.append(f"{len(shaped)} of another shape: {_few(texts)}")
+        parts.append(f"{len(shaped)} of another shape: {few(texts, _FEW)}")
     return "; ".join(parts) or None
 
 
@@ -268,11 +271,4 @@ def _listed(names: list[str], known: list[str]) -> str:
     for name in names[:_FEW]:
         near = difflib.get_close_matches(name, known[:2000], n=1, cutoff=0.7)
         texts.append(f"{name} (near {near[0]})" if near else name)
-    return _few(texts + names[_FEW:])
-
-
-_FEW = 5
-
-
-def _few(texts: list[str]) -> str:
-    return ", ".join(texts[:_FEW]) + (f" and {len(texts) - _FEW} more" if len(texts) > _FEW else "")
+    return few(texts + names[_FEW:], _FEW)

@@ -24,7 +24,7 @@ from xmoe.checkpoint.layouts import (
     stored_shapes,
     to_native,
 )
-from xmoe.checkpoint.shards import ShardReader
+from xmoe.checkpoint.shard_reader import ShardReader
 from xmoe.errors import CheckpointError
 from xmoe.model.describe import parameter_counts
 from xmoe.quantization import mxfp4

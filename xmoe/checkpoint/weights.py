@@ -18,7 +18,7 @@ from xmoe.checkpoint import adapters, export, sidecars
 from xmoe.checkpoint.huge_pages import HugePageReader
 from xmoe.checkpoint.layouts import LAYOUTS, SELECTION_BIAS, native_shapes
 from xmoe.checkpoint.opened import Checkpoint
-from xmoe.checkpoint.shards import ALIGNMENT
+from xmoe.checkpoint.shard_header import ALIGNMENT
 from xmoe.data.tokenizer import Tokenizer
 from xmoe.device import pick_device
 from xmoe.errors import CheckpointError, ConfigError

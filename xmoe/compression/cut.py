@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from xmoe.checkpoint import forms, sidecars
 from xmoe.checkpoint.config_keys import CONFIG
+from xmoe.checkpoint.json_file import read_json
 from xmoe.checkpoint.layouts import SELECTION_BIAS
 from xmoe.checkpoint.opened import Checkpoint
-from xmoe.checkpoint.shards import MAX_SHARD_BYTES, ShardWriter, read_json
+from xmoe.checkpoint.shard_writer import MAX_SHARD_BYTES, ShardWriter
 from xmoe.compression import manifest
 from xmoe.compression.apply import pruned_config
 from xmoe.compression.identity import hash_of

@@ -10,8 +10,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from xmoe.checkpoint.json_file import read_json
 from xmoe.checkpoint.opened import Checkpoint
-from xmoe.checkpoint.shards import read_json
 from xmoe.errors import CheckpointError
 
 SCHEMA_VERSION = 1

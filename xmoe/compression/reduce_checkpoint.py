@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from xmoe.checkpoint import forms
 from xmoe.checkpoint.opened import Checkpoint
-from xmoe.checkpoint.shards import ShardReader, ShardWriter
+from xmoe.checkpoint.shard_reader import ShardReader
+from xmoe.checkpoint.shard_writer import ShardWriter
 from xmoe.checkpoint.weights import load, native_weight, rewrite, stream_layers
 from xmoe.compression.changed import save_changed, write_changed
 from xmoe.compression.identity import hash_of

@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from xmoe.checkpoint.opened import Checkpoint
-from xmoe.checkpoint.shards import TensorInfo
+from xmoe.checkpoint.shard_header import TensorInfo
 from xmoe.checkpoint.weights import stream_layers
 from xmoe.compression.identity import hash_of, model_hash
 from xmoe.compression.layerwise import Batch, Visit, as_batches, real_routing, walk

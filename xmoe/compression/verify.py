@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from xmoe.checkpoint.opened import Checkpoint
-from xmoe.checkpoint.shards import TensorInfo
+from xmoe.checkpoint.shard_header import TensorInfo
 from xmoe.compression import manifest
 from xmoe.compression.cut import DEAD_BIAS, kept_rows
 from xmoe.errors import CheckpointError

@@ -150,7 +150,7 @@ def _measure(engine: str, batch: int, folder: Path) -> int:
 def _ours(folder: Path, batch: int):
     import xmoe
     from evaluation.scoring import Scorer
-    from evaluation.tasks import Request
+    from evaluation.task import Request
 
     model, tokenizer = xmoe.load(folder, dtype="float32")
     scorer = Scorer(model, tokenizer, batch_size=batch, max_length=MAX_LENGTH)

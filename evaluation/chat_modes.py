@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from evaluation.encoding import TokenRequest
 from evaluation.scoring import Scorer
 from evaluation.settings import EvalConfig
-from evaluation.tasks import Answer, Benchmark, Example, score_choice
+from evaluation.task import Answer, Benchmark, Example, score_choice
 from xmoe.checkpoint import config_reading
 from xmoe.errors import ConfigError
 from xmoe.generation.generate import generate

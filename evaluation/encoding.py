@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from evaluation.tasks import Request
+from evaluation.task import Request
 from xmoe.errors import ConfigError, DataError
 
 BOS_NAMES = ("<|startoftext|>", "<|begin_of_text|>", "<s>", "<bos>")

@@ -17,7 +17,8 @@ from evaluation.rows import load_rows
 from evaluation.runner import make_scorer
 from evaluation.scoring import Scorer
 from evaluation.settings import EvalConfig
-from evaluation.tasks import ALIASES, HARNESS_SEED, Benchmark, Request, find, wikitext_pages
+from evaluation.task import HARNESS_SEED, Benchmark, Request
+from evaluation.tasks import ALIASES, find, wikitext_pages
 from xmoe.data.tokenizer import check_vocabulary
 from xmoe.errors import ConfigError
 from xmoe.generation.generate import generate

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.tasks import Answer, Example
+from evaluation.task import Answer, Example
 
 
 class Progress:

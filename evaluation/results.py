@@ -15,7 +15,8 @@ from typing import Any
 
 from evaluation import averages, mmlu
 from evaluation.averages import Estimate
-from evaluation.tasks import BENCHMARKS, Benchmark, Example
+from evaluation.task import Benchmark, Example
+from evaluation.tasks import BENCHMARKS
 from xmoe.errors import DataError
 from xmoe.outputs import new_file
 

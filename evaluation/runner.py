@@ -18,7 +18,8 @@ from evaluation.results import Report, describe_environment, describe_model
 from evaluation.rows import load_rows
 from evaluation.scoring import Observer, Scorer
 from evaluation.settings import EvalConfig
-from evaluation.tasks import Answer, Benchmark, Example, wikitext_pages
+from evaluation.task import Answer, Benchmark, Example
+from evaluation.tasks import wikitext_pages
 from xmoe.data.tokenizer import check_vocabulary
 from xmoe.errors import ConfigError, DataError, XmoeError
 

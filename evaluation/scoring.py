@@ -19,7 +19,7 @@ from tqdm import tqdm
 from evaluation.encoding import TokenRequest, encode_requests, prefix_token, windows
 from evaluation.prefix_cache import PrefixCache
 from evaluation.prefix_tree import Node, build_tree
-from evaluation.tasks import Answer, Request
+from evaluation.task import Answer, Request
 from xmoe.errors import ConfigError
 from xmoe.model.router import Routing
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from evaluation import mmlu
-from evaluation.tasks import BENCHMARKS, Benchmark, find
+from evaluation.task import Benchmark
+from evaluation.tasks import BENCHMARKS, find
 from xmoe.errors import ConfigError
 
 MODES = ("raw", "letter", "generate")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.tasks import Answer, Example, Request
+from evaluation.task import Answer, Example, Request
 
 
 @pytest.fixture

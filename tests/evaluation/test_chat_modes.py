@@ -8,7 +8,8 @@ import torch
 from evaluation import evaluate
 from evaluation.chat_modes import final_text, parse_letter, score_chat, user_message
 from evaluation.rows import load_rows
-from evaluation.tasks import BENCHMARKS, Answer, Example
+from evaluation.task import Answer, Example
+from evaluation.tasks import BENCHMARKS
 from xmoe.errors import ConfigError
 from xmoe.generation.harmony import Harmony
 

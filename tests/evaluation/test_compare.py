@@ -6,7 +6,8 @@ import pytest
 
 from evaluation.compare import as_dicts, compare, table
 from evaluation.results import Report
-from evaluation.tasks import BENCHMARKS, Example
+from evaluation.task import Example
+from evaluation.tasks import BENCHMARKS
 from xmoe.errors import DataError
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluation.encoding import encode_requests, prefix_token, windows
-from evaluation.tasks import Request
+from evaluation.task import Request
 from xmoe.errors import ConfigError, DataError
 
 

@@ -16,7 +16,8 @@ from evaluation.progress import Progress
 from evaluation.runner import choose, load_examples
 from evaluation.scoring import Scorer
 from evaluation.settings import EvalConfig
-from evaluation.tasks import BENCHMARKS, Answer, Example, Request
+from evaluation.task import Answer, Example, Request
+from evaluation.tasks import BENCHMARKS
 from xmoe.checkpoint.weights import Source
 from xmoe.data.tokenizer import Tokenizer
 from xmoe.errors import ConfigError, DataError

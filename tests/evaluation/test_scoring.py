@@ -9,7 +9,7 @@ import torch
 
 from evaluation.encoding import encode_requests, windows
 from evaluation.scoring import Scorer
-from evaluation.tasks import Request
+from evaluation.task import Request
 from xmoe.errors import ConfigError
 
 BLOCKS = [

@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
+from evaluation.gsm8k import normalise_number, score_number
 from evaluation.rows import Row, load_rows
-from evaluation.tasks import (
-    BENCHMARKS,
-    Answer,
-    Example,
-    find,
-    normalise_number,
-    score_choice,
-    score_number,
-    wikitext_pages,
-)
+from evaluation.task import Answer, Example
+from evaluation.tasks import BENCHMARKS, find, wikitext_pages
 from xmoe.errors import ConfigError, DataError
 
 
@@ -144,22 +135,6 @@ def test_wikitext_lines_become_articles():
     assert [r.text("page") for r in wikitext_pages(whole)] == pages
     with pytest.raises(DataError, match="Title"):
         wikitext_pages([Row({"text": "no heading\n"}, "f")])
-
-
-def test_acc_norm_divides_by_characters_and_ties_go_to_the_first():
-    example = Example("0", "", (), 1, sizes=(2, 8, 4, 4))
-    assert score_choice(example, [-3.0, -4.0, -9.0, -9.0]) == {
-        "acc": 0.0, "prediction": 0.0, "acc_norm": 1.0, "prediction_norm": 1.0,
-    }  # fmt: skip
-    assert score_choice(example, [-5.0, -5.0, -7.0, -7.0])["prediction"] == 0.0
-
-
-@given(st.lists(st.floats(-50, -0.5), min_size=2, max_size=6), st.floats(0.1, 10))
-def test_predictions_do_not_depend_on_scale(loglikelihoods, factor):
-    example = Example("0", "", (), 0, sizes=(3,) * len(loglikelihoods))
-    values = score_choice(example, loglikelihoods)
-    assert values["prediction"] == values["prediction_norm"]  # equal sizes
-    assert max(loglikelihoods) == loglikelihoods[int(values["prediction"])]
 
 
 @pytest.mark.parametrize(

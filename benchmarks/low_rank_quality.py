@@ -9,14 +9,11 @@ whose own output error is smaller when fitted are taken on the held-out tenth.
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
-from prune_quality import BATCH, SEQ, rows_of, train
+from byte_models import Pairs, add_flags, batches_of, of_seeds
 
 from xmoe import command
 from xmoe.compression.expert_inputs import LayerInputs
@@ -25,6 +22,7 @@ from xmoe.compression.reduce import reduce
 from xmoe.compression.reduction_report import mixture
 from xmoe.compression.routing import record_routing
 from xmoe.model.perplexity import mean_loss, perplexity
+from xmoe.model.transformer import Transformer
 
 FRACTIONS = (0.25, 0.5, 0.75)
 KINDS = ("plain", "whitened")
@@ -45,12 +43,9 @@ def output_errors(model, small, inputs: torch.Tensor) -> tuple[float, dict[tuple
     return sum(layers) / len(layers), experts
 
 
-def measure(text: torch.Tensor, held_out: torch.Tensor, seed: int, steps: int) -> dict:
+def measure(model: Transformer, text: torch.Tensor, test: Pairs, seed: int) -> dict:
     """All figures of one model."""
-    model = train(text, seed, steps)
-    calibration = list(rows_of(text, 256, torch.Generator().manual_seed(1000 + seed)).split(BATCH))
-    ends = held_out[: 256 * SEQ + 1]
-    test = list(zip(ends[:-1].view(-1, SEQ).split(BATCH), ends[1:].view(-1, SEQ).split(BATCH)))
+    calibration = batches_of(text, 256, torch.Generator().manual_seed(1000 + seed))
     fresh = record_routing(model, [tokens for tokens, _ in test], sample=16_384).sample
     counts = record_routing(model, calibration).moments["count"]
     enough = {(int(i), int(e)) for i, e in (counts >= model.config.intermediate_size).nonzero()}
@@ -75,21 +70,10 @@ def measure(text: torch.Tensor, held_out: torch.Tensor, seed: int, steps: int) -
 
 def main(argv: list[str] | None = None) -> int:
     p = command.parser(__doc__, "python benchmarks/low_rank_quality.py --data tinyshakespeare.txt")
-    p.add_argument("--data", required=True, metavar="FILE.txt", help="text to train and measure on")
-    p.add_argument("--seeds", default="0,1,2", metavar="0,1,2")
-    p.add_argument("--steps", type=int, default=600, help="training steps (default: 600)")
+    add_flags(p)
     p.add_argument("--output", metavar="FILE.json", help="also write the figures here")
     args = p.parse_args(argv)
-    content = torch.tensor(list(Path(args.data).read_bytes()))
-    cut = len(content) * 9 // 10
-    found = {}
-    for seed in args.seeds.split(","):
-        began = time.perf_counter()
-        found[seed] = measure(content[:cut], content[cut:], int(seed), args.steps)
-        print(f"seed {seed}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
-        if args.output:
-            Path(args.output).write_text(json.dumps(found, indent=1) + "\n")
-    print(table(found))
+    print(table(of_seeds(args, measure)))
     return 0
 
 

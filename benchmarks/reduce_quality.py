@@ -10,19 +10,18 @@ fresh rows of that part and stored again in the form they had. Perplexity is tak
 from __future__ import annotations
 
 import copy
-import json
 import statistics
 import sys
-import time
-from pathlib import Path
+from functools import partial
 
 import torch
-from prune_quality import BATCH, SEQ, rows_of, train
+from byte_models import BATCH, Pairs, add_flags, batches_of, of_seeds
 
 from xmoe import command
 from xmoe.compression.recover import recover
 from xmoe.compression.reduce import reduce
 from xmoe.model.perplexity import mean_loss, perplexity
+from xmoe.model.transformer import Transformer
 
 FRACTION = 0.4
 SEQUENCES = (
@@ -31,14 +30,12 @@ SEQUENCES = (
 )  # fmt: skip
 
 
-def measure(text: torch.Tensor, held_out: torch.Tensor, seed: int, steps: int, recovery: int) -> dict:
+def measure(model: Transformer, text: torch.Tensor, test: Pairs, seed: int, recovery: int) -> dict:
     """All figures of one model."""
-    model = train(text, seed, steps).to(torch.bfloat16)
+    model = model.to(torch.bfloat16)
     generator = torch.Generator().manual_seed(1000 + seed)
-    calibration = list(rows_of(text, 256, generator).split(BATCH))
-    fresh = list(rows_of(text, recovery * BATCH, generator).split(BATCH)) if recovery else []
-    ends = held_out[: 256 * SEQ + 1]
-    test = list(zip(ends[:-1].view(-1, SEQ).split(BATCH), ends[1:].view(-1, SEQ).split(BATCH)))
+    calibration = batches_of(text, 256, generator)
+    fresh = batches_of(text, recovery * BATCH, generator) if recovery else []
 
     def ppl(model) -> float:
         return perplexity(mean_loss(model, test))
@@ -59,22 +56,11 @@ def measure(text: torch.Tensor, held_out: torch.Tensor, seed: int, steps: int, r
 
 def main(argv: list[str] | None = None) -> int:
     p = command.parser(__doc__, "python benchmarks/reduce_quality.py --data tinyshakespeare.txt --seeds 0")
-    p.add_argument("--data", required=True, metavar="FILE.txt", help="text to train and measure on")
-    p.add_argument("--seeds", default="0,1,2", metavar="0,1,2")
-    p.add_argument("--steps", type=int, default=600, help="training steps (default: 600)")
+    add_flags(p)
     p.add_argument("--recover", type=int, default=200, metavar="N", help="steps of recovery, 0 for none (default: 200)")
     p.add_argument("--output", metavar="FILE.json", help="also write the figures here")
     args = p.parse_args(argv)
-    content = torch.tensor(list(Path(args.data).read_bytes()))
-    cut = len(content) * 9 // 10
-    found = {}
-    for seed in args.seeds.split(","):
-        began = time.perf_counter()
-        found[seed] = measure(content[:cut], content[cut:], int(seed), args.steps, args.recover)
-        print(f"seed {seed}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
-        if args.output:
-            Path(args.output).write_text(json.dumps(found, indent=1) + "\n")
-    print(table(found))
+    print(table(of_seeds(args, partial(measure, recovery=args.recover))))
     return 0
 
 

@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--peer-python", default=sys.executable, metavar="FILE", help="interpreter that runs the peers")
     p.add_argument("--converter", metavar="FILE", help="llama.cpp's convert_hf_to_gguf.py, which makes its GGUF file")
     p.add_argument("--gguf", metavar="FILE", help="the weights of --checkpoint, already converted")
+    p.add_argument("--gguf-q8-0", metavar="FILE", help="the same with all but the experts in Q8_0")
     p.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens of the long prompt (default: 512)")
     p.add_argument("--tokens", type=int, default=32, metavar="N", help="tokens decoded one at a time (default: 32)")
     p.add_argument("--threads", type=int, default=os.cpu_count(), metavar="N", help="of every engine (default: all)")
@@ -75,24 +76,27 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError("expected 1 to 24 --layers, a --vocab-size of 32 or more, and positive counts")
     if args.turns and args.rounds > 1:
         raise ConfigError("--turns and --rounds are two ways of taking turns; give one of them")
-    if args.gguf and (args.converter or not args.checkpoint):
-        raise ConfigError("--gguf needs the --checkpoint whose weights it holds, and no --converter")
+    gguf = {rest: file for rest, file in (("bf16", args.gguf), ("q8_0", args.gguf_q8_0)) if file}
+    if gguf and not args.checkpoint:
+        raise ConfigError("--gguf and --gguf-q8-0 need the --checkpoint whose weights they hold")
     with tempfile.TemporaryDirectory(prefix="xmoe-decode-", dir=args.folder) as room:
         folder = Path(args.checkpoint or room)
         if not args.checkpoint:
             write_checkpoint(folder, args.layers, args.vocab_size)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        options = {n: getattr(args, n) for n in ("prompt", "tokens", "threads", "seconds", "gguf", "turns")}
+        options = {n: getattr(args, n) for n in ("prompt", "tokens", "threads", "seconds", "turns")} | {"gguf": gguf}
         options |= {"vocab_size": config["vocab_size"], "context": args.prompt + args.tokens + 32}
         absent = {}
-        if "llama.cpp" in engines and not args.gguf:
+        for engine, rest in (("llama.cpp", "bf16"), ("llama.cpp q8_0", "q8_0")):
+            if engine not in engines or rest in gguf:
+                continue
             if not args.converter:
-                absent["llama.cpp"] = {"left_out": "no GGUF file: give --converter or --gguf"}
-            else:
-                options["gguf"] = str(Path(room, "model.gguf"))
-                made = {"converter": args.converter, "gguf": options["gguf"]}
-                if failed := _child(args.peer_python, "convert", folder, made).get("failed"):
-                    absent["llama.cpp"] = {"failed": f"the converter: {failed}"}
+                absent[engine] = {"left_out": "no GGUF file: give --converter, --gguf or --gguf-q8-0"}
+                continue
+            gguf[rest] = str(Path(room, f"model-{rest}.gguf"))
+            made = {"converter": args.converter, "gguf": gguf[rest], "rest": rest}
+            if failed := _child(args.peer_python, "convert", folder, made).get("failed"):
+                absent[engine] = {"failed": f"the converter: {failed}"}
         present = {e: _interpreter(e, args.peer_python) for e in engines if e not in absent}
         if args.turns:
             runs = _in_turns(present, folder, options)

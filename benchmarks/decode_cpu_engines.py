@@ -5,7 +5,7 @@ xmoe is not installed. Prints one JSON object on the last line of its standard o
 each line of its standard input, "decode" or "prefill", with the seconds that took.
 
     python benchmarks/decode_cpu_engines.py ENGINE FOLDER '{"prompt": 512, "tokens": 32, ...}'
-    python benchmarks/decode_cpu_engines.py convert FOLDER '{"converter": "convert_hf_to_gguf.py", "gguf": "out.gguf"}'
+    python benchmarks/decode_cpu_engines.py convert FOLDER '{"converter": "convert.py", "gguf": "out", "rest": "bf16"}'
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ WARM = 4  # tokens decoded before the clock counts
 
 
 class Xmoe:
-    """Ours as it loads by itself; with weights copied into huge pages; or `portable`, in PyTorch alone."""
+    """Ours as it loads by itself; `portable`, in PyTorch alone; or with what else `xmoe.load` has to offer."""
 
     distribution = "xmoe"
 
-    def __init__(self, folder: Path, options: dict, portable: bool = False, huge_pages: bool = False):
+    def __init__(self, folder: Path, options: dict, portable: bool = False, **choices):
         import torch
 
         import xmoe
@@ -39,7 +39,7 @@ class Xmoe:
         from xmoe.kernels import dispatch
 
         torch.set_num_threads(options["threads"])
-        self._torch, self._model = torch, xmoe.load(folder, huge_pages=huge_pages)[0]
+        self._torch, self._model = torch, xmoe.load(folder, **choices)[0]
         self._forced = contextlib.ExitStack()
         if portable:
             self._forced.enter_context(dispatch.use("portable"))
@@ -94,11 +94,14 @@ class Transformers:
 
 
 class LlamaCpp:
-    """llama.cpp through the C interface that llama-cpp-python exposes, weights repacked at load where it can."""
+    """llama.cpp through the C interface that llama-cpp-python exposes, weights repacked at load where it can.
+
+    rest: what holds whatever is no expert, bf16 as in the checkpoint, or q8_0 as in the files that people share.
+    """
 
     distribution = "llama-cpp-python"
 
-    def __init__(self, folder: Path, options: dict):
+    def __init__(self, folder: Path, options: dict, rest: str = "bf16"):
         import llama_cpp
         import numpy
 
@@ -110,7 +113,7 @@ class LlamaCpp:
         llama_cpp.llama_backend_init()
         how = llama_cpp.llama_model_default_params()
         how.use_extra_bufts = True
-        self._model = llama_cpp.llama_model_load_from_file(options["gguf"].encode(), how)
+        self._model = llama_cpp.llama_model_load_from_file(options["gguf"][rest].encode(), how)
         if not self._model:
             raise RuntimeError(f"llama.cpp does not open the file: {' '.join(messages[-3:]).strip()}")
         run = llama_cpp.llama_context_default_params()
@@ -169,13 +172,16 @@ class Mlx:
 ENGINES = {
     "xmoe": Xmoe,
     "xmoe huge pages": lambda folder, options: Xmoe(folder, options, huge_pages=True),
+    "xmoe int8": lambda folder, options: Xmoe(folder, options, projections="int8"),
+    "xmoe int8 huge pages": lambda folder, options: Xmoe(folder, options, projections="int8", huge_pages=True),
     "xmoe portable": lambda folder, options: Xmoe(folder, options, portable=True),
     "transformers eager": lambda folder, options: Transformers(folder, options, "eager"),
     "transformers grouped_mm": lambda folder, options: Transformers(folder, options, "grouped_mm"),
     "llama.cpp": LlamaCpp,
+    "llama.cpp q8_0": lambda folder, options: LlamaCpp(folder, options, "q8_0"),
     "mlx-lm": Mlx,
 }
-DISTRIBUTIONS = {name: name.split()[0] for name in ENGINES} | {"llama.cpp": "llama-cpp-python"}
+DISTRIBUTIONS = {name: name.split()[0].replace("llama.cpp", "llama-cpp-python") for name in ENGINES}
 
 
 def measure(engine, ids: list[int], tokens: int, seconds: float) -> dict:
@@ -219,7 +225,7 @@ def decode(engine, ids: list[int], tokens: int, seconds: float) -> list[float]:
     return spent[WARM:]
 
 
-def convert(folder: Path, converter: str, gguf: str) -> None:
+def convert(folder: Path, converter: str, gguf: str, rest: str) -> None:
     """llama.cpp's own convert_hf_to_gguf.py, as it is; without a tokenizer in the folder the vocabulary stays a mere count."""
     sys.path.insert(0, str(Path(converter).resolve().parent))
     if not (folder / "tokenizer.json").is_file():
@@ -230,7 +236,7 @@ def convert(folder: Path, converter: str, gguf: str) -> None:
             model.gguf_writer.add_vocab_size(model.hparams["vocab_size"])
 
         GptOssModel.set_vocab = count_only
-    sys.argv = [converter, str(folder), "--outfile", gguf, "--outtype", "bf16"]
+    sys.argv = [converter, str(folder), "--outfile", gguf, "--outtype", rest]
     with contextlib.redirect_stdout(sys.stderr):
         runpy.run_path(converter, run_name="__main__")
 
@@ -249,7 +255,7 @@ def peak_bytes() -> int:
 def main() -> int:
     name, folder, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     if name == "convert":
-        convert(folder, options["converter"], options["gguf"])
+        convert(folder, **options)
         return 0
     try:
         start = time.perf_counter()

@@ -56,6 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     report = _evaluate(args, config)
     if args.adapter:
         report.model["adapter"] = args.adapter
+    if args.projections != "stored":
+        report.model["projections"] = args.projections
     report.command = shlex.join(["python", "evaluation/benchmark.py", *(sys.argv[1:] if argv is None else argv)])
     if args.output:
         report.save(args.output, args.overwrite)
@@ -83,6 +85,7 @@ def _parser():
         "--first", action="store_true", help="the first --limit rows, as the harness takes them, not a random choice"
     )
     p.add_argument("--config", metavar="FILE", help="settings from YAML; flags win")
+    command.add_projections(p)
     p.add_argument("--adapter", metavar="DIR", help="evaluate with an adapter trained beside the checkpoint")
     p.add_argument("--plan", metavar="PLAN.json", help="evaluate a pruning plan by masking")
     p.add_argument("--record", metavar="STATS.safetensors", help="save the run's routing statistics")
@@ -115,7 +118,9 @@ def _evaluate(args, config):
     seed_everything(config.seed)
     device = pick_device(args.device)
     dtype = "auto" if args.dtype == "auto" else pick_dtype(args.dtype, device)
-    model, tokenizer = xmoe.load(args.checkpoint, device=device, dtype=dtype, adapter=args.adapter)
+    model, tokenizer = xmoe.load(
+        args.checkpoint, device=device, dtype=dtype, adapter=args.adapter, projections=args.projections
+    )
     with contextlib.ExitStack() as stack:
         if args.plan:
             from xmoe.compression.apply import mask

@@ -29,6 +29,7 @@ def arguments(argv: list[str] | None):
     p.add_argument("--max-new-tokens", type=int, metavar="N", help="(default: 256; 4096 with Harmony)")
     p.add_argument("--hide-analysis", action="store_true", help="do not show the model's thoughts (Harmony)")
     p.add_argument("--huge-pages", action="store_true", help="CPU: read the weights into huge pages, faster decoding")
+    command.add_projections(p)
     p.add_argument("--adapter", metavar="DIR", help="speak with an adapter trained beside this checkpoint")
     p.add_argument("--plan", metavar="PLAN", help="try a pruning plan without cutting")
     draft = p.add_mutually_exclusive_group()
@@ -76,8 +77,9 @@ def open_session(args):
     }  # fmt: skip
     read_settings({name: value for name, value in settings.items() if value is not None})
     model, tokenizer = load(
-        args.checkpoint, device=args.device, dtype=args.dtype, adapter=args.adapter, huge_pages=args.huge_pages
-    )
+        args.checkpoint, device=args.device, dtype=args.dtype, adapter=args.adapter, huge_pages=args.huge_pages,
+        projections=args.projections,
+    )  # fmt: skip
     if tokenizer is None:
         raise ConfigError(f"{args.checkpoint} has no tokenizer, so there is nothing to read or write text with")
     template = (

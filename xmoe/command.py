@@ -37,6 +37,16 @@ def add_common(p: argparse.ArgumentParser, checkpoint: bool = True) -> None:
     p.add_argument("--json", action="store_true", help="print one JSON object on standard output and nothing else")
 
 
+def add_projections(p: argparse.ArgumentParser) -> None:
+    """Add --projections, in which form a model's attention projections and unembedding are held."""
+    p.add_argument(
+        "--projections",
+        choices=("stored", "int8"),
+        default="stored",
+        help="int8, on the CPU: attention's projections and the unembedding rounded to 8 bits, faster decoding",
+    )
+
+
 def add_set(p: argparse.ArgumentParser) -> None:
     """Add --set section.key=value, which overrides one value of a config and may be repeated."""
     p.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a config value")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -64,6 +65,23 @@ def test_json_and_compare(checkpoint, data_dir, tmp_path, capsys):
     assert code == 0 and "| winogrande | acc |" in out
     code, out, _ = run(capsys, "--compare", tmp_path / "a.json", tmp_path / "a.json", "--json")
     assert json.loads(out)[0]["change"]["value"] == 0.0
+
+
+def test_projections_in_int8_are_another_model(model, random_model, tokenizer, data_dir, tmp_path, capsys):
+    wide = random_model(dataclasses.replace(model.config, hidden_size=32, head_dim=16))
+    flags = [
+        "--checkpoint",
+        xmoe.save(wide, tmp_path / "wide", tokenizer=tokenizer),
+        "--data-dir",
+        data_dir,
+        "--benchmark",
+        "winogrande",
+        "--json",
+    ]
+    stored, rounded = (json.loads(run(capsys, *flags, *more)[1]) for more in ((), ("--projections", "int8")))
+    assert rounded["model"]["projections"] == "int8" and "projections" not in stored["model"]
+    assert rounded["model"]["hash"] != stored["model"]["hash"]
+    assert rounded["model"]["parameters"] == stored["model"]["parameters"]
 
 
 def _plan(folder) -> Path:

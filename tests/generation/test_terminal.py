@@ -22,7 +22,7 @@ class Session:
 
     kind = "harmony"
     source = None
-    model = SimpleNamespace(config=preset("tiny"), device="cpu", unembedding=torch.zeros(1))
+    model = SimpleNamespace(config=preset("tiny"), device="cpu", embed=SimpleNamespace(weight=torch.zeros(1)))
 
     def __init__(self, *answers):
         self.answers, self.settings = list(answers), {}

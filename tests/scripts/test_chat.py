@@ -38,6 +38,7 @@ def folders(tmp_path_factory):
     tokenizer = Tokenizer.of_bytes()
     save(build(CONFIG, seed=1), root / "base", tokenizer=tokenizer)
     save(build(preset("tiny", num_hidden_layers=1), seed=2), root / "small", tokenizer=tokenizer)
+    save(build(preset("tiny", num_hidden_layers=2, head_dim=16), seed=4), root / "wide", tokenizer=tokenizer)
     save(build(CONFIG), root / "mute")
     other = Tokenizer.train(["a b c d " * 50], 300)
     save(build(CONFIG), root / "foreign", tokenizer=other)
@@ -91,6 +92,14 @@ def test_one_answer_as_json_and_nothing_else(chat, folders):
     assert answer["tokens_per_second"] > 0
     assert json.loads(chat("base", *flags)[1])["text"] == answer["text"]
     assert json.loads(chat("base", *flags, "--reasoning-effort", "high")[1])["text"] != answer["text"]
+
+
+def test_projections_in_int8(chat):
+    flags = ("--prompt", "def ", "--json", "--temperature", 0, "--max-new-tokens", 6)
+    code, out, err = chat("wide", *flags, "--projections", "int8")
+    assert (code, err) == (0, "") and json.loads(out)["new_tokens"] == 6
+    code, _, err = chat("wide", "--projections", "int8", typed="/quit\n")
+    assert code == 0 and dispatch.describe("cpu", torch.float32) in err
 
 
 @pytest.mark.parametrize(
@@ -178,6 +187,8 @@ def test_a_plan_is_tried_without_cutting(chat, folders):
         ("base", ("--system", "x"), "takes no system text"),
         ("base", ("--max-new-tokens", 0), "max_new_tokens is 0"),
         ("base", ("--device", "abacus"), "abacus"),
+        ("base", ("--projections", "int8"), "groups of 32, and blocks.0.attn.out.weight has 72"),
+        ("base", ("--projections", "int3"), "invalid choice: 'int3'"),
         ("harmony", ("--prompt", "x" * 600), "context is 512"),
         ("mute", (), "has no tokenizer"),
         ("empty", (), "empty"),

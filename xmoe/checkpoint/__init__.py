@@ -14,6 +14,7 @@ sidecars.py        the small files beside the weights
 forms.py           in which form a native checkpoint holds an expert weight
 hub.py             "org/name" or a folder -> a local folder
 opened.py          Checkpoint: a folder whose every tensor has been accounted for, read under the model's own names
+projections.py     attention's projections and the unembedding rounded to int8, for decoding
 huge_pages.py      weights moved into huge pages, for decoding
 export.py          what a checkpoint will consist of in a given layout, and the writing of it
 weights.py         load, save, convert, stream_layers

@@ -18,6 +18,7 @@ from xmoe.checkpoint import adapters, export, sidecars
 from xmoe.checkpoint.huge_pages import HugePageReader
 from xmoe.checkpoint.layouts import LAYOUTS, SELECTION_BIAS, native_shapes
 from xmoe.checkpoint.opened import Checkpoint
+from xmoe.checkpoint.projections import check_choice, in_int8, is_projection
 from xmoe.checkpoint.shard_header import ALIGNMENT
 from xmoe.data.tokenizer import Tokenizer
 from xmoe.device import pick_device
@@ -50,6 +51,7 @@ def load(
     experts: str = "mxfp4",
     adapter: str | Path | None = None,
     huge_pages: bool = False,
+    projections: str = "stored",
 ) -> tuple[Transformer, Tokenizer | None]:
     """Open a checkpoint of any layout as a model, with its tokenizer (None where it has none).
 
@@ -62,12 +64,15 @@ def load(
         adapter: a folder with an adapter of this model (:mod:`xmoe.checkpoint.adapters`), to be attached.
         huge_pages: on the CPU, read the weights into huge pages instead of leaving them mapped: decoding is faster, see
             `docs/decode_cpu.md`, loading slower. The embedding, of which few rows are read, stays mapped.
+        projections: "int8" rounds attention's projections and the unembedding to 8 bits, on the CPU: decoding is faster,
+            logits move a little (the same page has figures), and the model cannot be saved.
 
     Raises:
         CheckpointError: see :class:`~xmoe.checkpoint.opened.Checkpoint`; an adapter of another model.
         ConfigError: float16, an unknown device or an unknown choice.
     """
     device, wanted, decode = _choices(device, dtype, experts)
+    rounds = check_choice(projections, device)
     checkpoint = Checkpoint(path)
     tokenizer = sidecars.load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
     with torch.device("meta"):
@@ -79,9 +84,12 @@ def load(
     with _progress("loading", checkpoint.reader.total_bytes) as bar:
         for name in checkpoint:
             value = _materialize(checkpoint, name, device, wanted, decode)
-            if huge is not None and (name != "embed.weight" or model.head is None):
+            if rounds and is_projection(name):
+                value = in_int8(name, value)
+                checkpoint.reader.release()  # pages that were only read count as memory while they are mapped
+            elif huge is not None and (name != "embed.weight" or model.head is None):
                 value = value.map(huge.settle) if isinstance(value, PackedWeight) else huge.settle(value)
-                huge.release()  # pages that were only copied count as memory while they are mapped
+                huge.release()
             _place(model, name, value)
             bar.update(sum(checkpoint.reader[n].nbytes for n in checkpoint.stored_names(name)))
     for layer, block in enumerate(model.blocks):
@@ -375,6 +383,10 @@ def _model_values(model: Transformer) -> dict[str, Tensor | PackedWeight]:
             )
         if router.selection_bias is not None:
             values[SELECTION_BIAS.format(i=layer)] = router.selection_bias
+    if rounded := [name for name in packed if is_projection(name)]:
+        raise ConfigError(
+            f"{rounded[0]} is held in int8, for which no layout has a place; load the model without projections='int8' to save it"
+        )
     expected = native_shapes(model.config)
     known = set(expected) | {SELECTION_BIAS.format(i=i) for i in range(len(model.blocks))}
     known |= {f"{name}.{t}" for name, weight in packed.items() for t in weight.tensors}

@@ -130,7 +130,7 @@ class Terminal:
         model = self.session.model
         greeting = f"{self.name}: {GREETINGS[self.session.kind]}; context {model.config.max_position_embeddings} tokens"
         print(f"{greeting}; /help lists commands", file=sys.stderr)
-        print(dispatch.describe(model.device, model.unembedding.dtype), file=sys.stderr, flush=True)
+        print(dispatch.describe(model.device, model.embed.weight.dtype), file=sys.stderr, flush=True)
         while True:
             try:
                 line = _read_turn("> " if interactive else "")

@@ -20,7 +20,7 @@ from xmoe.kernels.adapter import Adapter
 from xmoe.kernels.cpu import backend as cpu
 from xmoe.kernels.cpu import decode_step as cpu_decode_step
 from xmoe.kernels.cpu import packed as cpu_packed
-from xmoe.kernels.cpu.products import FORMS, packed_parts, takes_packed
+from xmoe.kernels.cpu.products import FORMS, Stack, few_weight, packed_parts, takes_packed
 from xmoe.kernels.cuda import backend as triton_backend
 from xmoe.kernels.portable import backend as portable
 from xmoe.quantization.packed import PackedWeight
@@ -86,12 +86,12 @@ def describe(device: torch.device | str, dtype: torch.dtype) -> str:
     return f"{cpu.describe()}; {cpu_packed.describe()}"
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
     """See :func:`xmoe.kernels.reference.linear`."""
     return _choose(x, triton_takes=False).linear(x, weight, bias)
 
 
-def unembed(hidden: Tensor, weight: Tensor) -> Tensor:
+def unembed(hidden: Tensor, weight: Tensor | PackedWeight) -> Tensor:
     """hidden [..., D] times weight [V, D] -> logits; of a few rows, as generation has them, in the way of a decode step."""
     backend = _choose(hidden, triton_takes=False)
     return cpu.linear(hidden, weight, few=cpu.MANY_FEW) if backend is cpu else backend.linear(hidden, weight)
@@ -172,22 +172,28 @@ def decode_step(x: Tensor) -> Callable | None:
     return cpu_decode_step.decode_step
 
 
-def decode_stacks(
-    gate_up: Tensor | PackedWeight, down: Tensor | PackedWeight
-) -> tuple[cpu_decode_step.Stack, cpu_decode_step.Stack] | None:
+def decode_projection(weight: Tensor | PackedWeight, dtype: torch.dtype) -> Stack | None:
+    """A projection of attention as the decode step takes it in `dtype`: dense or symmetric int8; None where it is neither."""
+    stack = few_weight(weight, dtype)
+    return None if stack is None or stack.zeros is not None or stack.form not in (0, FORMS["int8"]) else stack
+
+
+def decode_stacks(gate_up: Tensor | PackedWeight, down: Tensor | PackedWeight) -> tuple[Stack, Stack] | None:
     """The expert weights of a layer as the decode step takes them; None where it takes no such form, or not both together."""
     found = []
     for weight in (gate_up, down):
         if isinstance(weight, Tensor):
-            found.append(cpu_decode_step.Stack(weight))
+            found.append(Stack(weight))
         elif takes_packed(weight):
-            found.append(cpu_decode_step.Stack(*packed_parts(weight)))
+            found.append(packed_parts(weight))
         else:
             return None
     mxfp4 = [stack.form == FORMS["mxfp4"] for stack in found]  # which has a kernel of its own
     return tuple(found) if mxfp4[0] == mxfp4[1] else None
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """See :func:`xmoe.kernels.reference.linear_cross_entropy`."""
+def linear_cross_entropy(hidden: Tensor, weight: Tensor | PackedWeight, targets: Tensor) -> Tensor:
+    """See :func:`xmoe.kernels.reference.linear_cross_entropy`; a packed weight [1, V, D] is decoded for it."""
+    if isinstance(weight, PackedWeight):
+        weight = weight.decode(dtype=hidden.dtype)[0]
     return _choose(hidden, triton_takes=False).linear_cross_entropy(hidden, weight, targets)

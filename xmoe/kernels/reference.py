@@ -15,8 +15,10 @@ from xmoe.kernels.adapter import Adapter
 from xmoe.quantization.packed import PackedWeight
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., in] times weight [out, in] transposed, plus bias [out] -> [..., out]."""
+def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """x [..., in] times weight [out, in] transposed, plus bias [out] -> [..., out]; a packed weight is [1, out, in]."""
+    if isinstance(weight, PackedWeight):
+        weight = weight.decode(dtype=x.dtype)[0]
     return F.linear(x, weight, bias)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from xmoe.kernels import dispatch
 from xmoe.model.adapter import LoRA
 from xmoe.model.config import ModelConfig
+from xmoe.quantization.packed import PackedWeight
 
 
 class Cache(Protocol):
@@ -25,13 +26,18 @@ class Cache(Protocol):
 
 
 class Linear(nn.Module):
-    """weight [out, in] and bias [out] or None; the product itself is the kernels' business."""
+    """weight [out, in], or packed [1, out, in], and bias [out] or None; the product itself is the kernels' business."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.weight: nn.Parameter | PackedWeight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.adapter: LoRA | None = None
+
+    def pack(self, name: str, weight: PackedWeight) -> None:
+        """Put a packed weight [1, out, in] in the place of the dense parameter `name` ("weight")."""
+        delattr(self, name)
+        setattr(self, name, weight)
 
     def forward(self, x: Tensor) -> Tensor:
         y = dispatch.linear(x, self.weight, self.bias)

@@ -83,14 +83,18 @@ def _layer(block: nn.Module, dtype: torch.dtype) -> Layer | None:
     if stacks is None:
         return None
     gate_up, down = stacks
-    norms = attn_norm._parameters["weight"], moe_norm._parameters["weight"]
-    projections = [(m._parameters["weight"], m._parameters["bias"]) for m in (qkv, out, router)]
+    projections = [
+        dispatch.decode_projection(m._parameters.get("weight", m._modules.get("weight")), dtype) for m in (qkv, out)
+    ]
+    if any(p is None for p in projections):
+        return None
     found = Layer(
-        norms[0], *projections[0], *projections[1], attn._parameters["sinks"], norms[1], *projections[2],
+        attn_norm._parameters["weight"], projections[0], qkv._parameters["bias"], projections[1], out._parameters["bias"],
+        attn._parameters["sinks"], moe_norm._parameters["weight"], router._parameters["weight"], router._parameters["bias"],
         gate_up, weights["gate_up_bias"], down, weights["down_bias"],
     )  # fmt: skip
-    for t in (*found[:9], *(w.values for w in (gate_up, down) if not w.form), found.gate_up_bias, found.down_bias):
-        if t.dtype is not dtype or not t.is_contiguous():
+    for t in (*found, *(w.values for w in (gate_up, down) if not w.form)):
+        if isinstance(t, Tensor) and (t.dtype is not dtype or not t.is_contiguous()):
             return None
     return found
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from xmoe.model.config import ModelConfig
 from xmoe.model.transformer import Transformer
 from xmoe.quantization.compound import MixedWeight
-from xmoe.quantization.packed import PackedWeight, form, leaves
+from xmoe.quantization.packed import FORMATS, PackedWeight, form, leaves
 
 
 class Description(NamedTuple):
@@ -22,6 +22,8 @@ class Description(NamedTuple):
     experts: int | tuple[int, ...]
     experts_per_token: int
     expert_format: str
+    projection_format: str
+    """What attention's projections are held in; told where they are packed."""
     bytes: int
 
     def __str__(self) -> str:
@@ -29,7 +31,8 @@ class Description(NamedTuple):
         return (
             f"{self.parameters:,} parameters, {self.active_parameters:,} active a token; {self.layers} layers of "
             f"{experts} experts, {self.experts_per_token} a token; experts in {self.expert_format}; "
-            f"{self.bytes / 1e6:,.1f} MB"
+            + (f"projections in {self.projection_format}; " if self.projection_format in FORMATS else "")
+            + f"{self.bytes / 1e6:,.1f} MB"
         )
 
 
@@ -74,5 +77,6 @@ def describe(model: Transformer) -> Description:
         experts=config.num_experts,
         experts_per_token=config.num_experts_per_tok,
         expert_format=" and ".join(formats),
+        projection_format=form(model.blocks[0].attn.qkv.weight),
         bytes=sum(t.numel() * t.element_size() for t in tensors),
     )

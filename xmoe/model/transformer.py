@@ -19,6 +19,7 @@ from xmoe.model.config import ModelConfig, preset
 from xmoe.model.experts import Experts, MoE
 from xmoe.model.rope import concentration, inverse_frequencies, rope_tables
 from xmoe.model.router import Router, Routing
+from xmoe.quantization.packed import PackedWeight
 
 
 class Features(NamedTuple):
@@ -108,8 +109,8 @@ class Transformer(nn.Module):
         return self.embed.weight.device
 
     @property
-    def unembedding(self) -> Tensor:
-        """[V, D]: the head's weight, or the embedding's where they are tied."""
+    def unembedding(self) -> Tensor | PackedWeight:
+        """[V, D], or packed [1, V, D]: the head's weight, or the embedding's where they are tied."""
         return self.embed.weight if self.head is None else self.head.weight
 
     def forward(

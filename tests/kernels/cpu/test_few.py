@@ -1,4 +1,4 @@
-"""Dense products for a handful of rows without gradient, against PyTorch in float64."""
+"""Products for a handful of rows without gradient, dense and of integers, against PyTorch in float64."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 
 from xmoe.kernels import dispatch
 from xmoe.kernels.cpu import backend as cpu
+from xmoe.quantization.packed import PackedWeight
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=cpu.reason() or "C kernels are there")
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
@@ -34,7 +35,108 @@ def test_linear_of_a_few_rows(dtype, rows, columns, inner, bias_dtype):
     compare(dtype, rows, columns, inner, bias_dtype)
 
 
+FORMS = [
+    ("int8", {}),
+    ("int8", {"group_size": 32}),
+    ("int8", {"affine": True}),
+    ("int4", {}),
+    ("int4", {"affine": True}),
+]
+
+
+def compare_integers(
+    dtype: torch.dtype, rows: int, columns: int, inner: int, format: str, options: dict, loud: float = 1.0
+) -> None:
+    """The weight as it decodes, unrounded: integers and their scales are exact, activations are all that is rounded."""
+    g = torch.Generator().manual_seed(rows * columns + inner)
+    x = torch.randn(rows, inner, generator=g).to(dtype)
+    x[0, 3] *= loud
+    weight = PackedWeight.encode(torch.randn(1, columns, inner, generator=g) + 0.1, format, **options)
+    bias = torch.randn(columns, generator=g)
+    product = x.double() @ weight.decode(dtype=torch.float32)[0].double().t()
+    with torch.no_grad():
+        found = dispatch.linear(x, weight, bias), dispatch.unembed(x, weight)
+    for y, expected in zip(found, (product + bias.double(), product)):
+        assert y.dtype == dtype and y.shape == (rows, columns)
+        assert (y.double() - expected).norm() < BOUNDS[dtype] * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", list(BOUNDS), ids=["fp32", "bf16"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 16, 17])
+@pytest.mark.parametrize(("columns", "inner"), [(5, 32), (96, 64), (37, 160)])
+@pytest.mark.parametrize(("format", "options"), FORMS, ids=[f"{f} {' '.join(o)}" for f, o in FORMS])
+def test_integers_of_a_few_rows(dtype, rows, columns, inner, format, options):
+    compare_integers(dtype, rows, columns, inner, format, options)
+
+
+def test_rows_longer_than_one_sum_of_integers():
+    """1,024 products at most are added up in 32 bits; with all weights and activations at their largest nothing wraps."""
+    for options in ({}, {"affine": True}, {"group_size": 2080}):
+        compare_integers(torch.bfloat16, 3, 6, 4160, "int8", options)
+    x = torch.full((1, 4160), 250.0, dtype=torch.bfloat16)
+    weight = PackedWeight.encode(torch.full((1, 3, 4160), 2.0), "int8")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            dispatch.linear(x, weight).float(), torch.full((1, 3), 4160 * 500.0), rtol=0.01, atol=0
+        )
+
+
+def test_one_loud_activation_leaves_the_others_heard():
+    """One value 200 times the others: what 16 bits keep of those is still more than bf16's rounding of the result."""
+    compare_integers(torch.bfloat16, 2, 64, 320, "int8", {"group_size": 32}, loud=200.0)
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(1, 320, generator=g).bfloat16(), torch.randn(1, 64, 320, generator=g)
+    x[0, 3], weight[:, :, 3] = 200.0, 0.0  # loud where no weight listens
+    packed = PackedWeight.encode(weight, "int8", group_size=32)
+    expected = x.double() @ packed.decode(dtype=torch.float32)[0].double().t()
+    with torch.no_grad():
+        found = dispatch.linear(x, packed).double()
+    assert (found - expected).norm() < 5e-3 * expected.norm()
+
+
+def test_activations_that_are_not_finite_show():
+    weight = PackedWeight.encode(torch.randn(1, 9, 64), "int8", group_size=32)
+    for bad in (float("nan"), float("inf")):
+        x = torch.ones(2, 64, dtype=torch.bfloat16)
+        x[1, 5] = bad
+        with torch.no_grad():
+            y = dispatch.linear(x, weight)
+        assert y[0].isfinite().all() and not y[1].isfinite().any()
+
+
+def test_activations_of_nothing_give_nothing():
+    weight = PackedWeight.encode(torch.randn(1, 9, 64), "int8", group_size=32)
+    with torch.no_grad():
+        assert not dispatch.linear(torch.zeros(1, 64, dtype=torch.bfloat16), weight).any()
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_packed_weights_give_their_gradient_to_activations(rows):
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(rows, 64, generator=g, requires_grad=True)
+    weight = PackedWeight.encode(torch.randn(1, 33, 64, generator=g), "int8", group_size=32)
+    direction = torch.randn(rows, 33, generator=g)
+    dispatch.linear(x, weight, torch.zeros(33)).backward(direction)
+    torch.testing.assert_close(x.grad, direction @ weight.decode(dtype=torch.float32)[0])
+
+
+@pytest.mark.parametrize("backend", ["reference", "portable"])
+def test_elsewhere_packed_weights_are_decoded(backend):
+    g = torch.Generator().manual_seed(2)
+    x = torch.randn(3, 64, generator=g)
+    weight = PackedWeight.encode(torch.randn(1, 33, 64, generator=g), "int8", group_size=32)
+    expected = x @ weight.decode(dtype=torch.float32)[0].t()
+    with dispatch.use(backend), torch.no_grad():
+        torch.testing.assert_close(dispatch.linear(x, weight), expected)
+        torch.testing.assert_close(dispatch.unembed(x, weight), expected)
+    targets = torch.tensor([0, 32, 7])
+    plain = torch.nn.functional.cross_entropy(expected, targets)
+    torch.testing.assert_close(dispatch.linear_cross_entropy(x, weight, targets), plain)
+
+
 def test_every_instruction_set_this_machine_has_agrees(instruction_set):
     for dtype in BOUNDS:
         for rows in (1, 2, 3, 4):
             compare(dtype, rows, 37, 101, torch.float32)
+            for format, options in FORMS:
+                compare_integers(dtype, rows, 37, 160, format, options)

@@ -22,14 +22,17 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 KERNELS = ("attention.c", "attention_few.c", "decode_step.c", "experts.c", "few.c", "mxfp4.c", "pointwise.c")
-HEADERS = ("vector.h", "product.h", "adapter.h", "attention.h", "decode_step.h", "integers.h", "kernels.h", "slots.h")
+HEADERS = (
+    "vector.h", "product.h", "adapter.h", "attention.h", "decode_step.h", "integers.h", "few.h", "few_integers.h", "kernels.h",
+    "slots.h",
+)  # fmt: skip
 SOURCES = ("instruction_set.c", *HEADERS, *KERNELS)
 ELEMENTS = {"bf16": ["-DXMOE_ELEMENT_BF16"], "f32": []}
 FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-w"]
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mprefer-vector-width=512"]
 INSTRUCTION_SETS = {  # by machine, best first; "base" is what every machine of that kind has
     "x86_64": {
-        "avx512bf16": [*_AVX512, "-mavx512bf16"],
+        "avx512bf16": [*_AVX512, "-mavx512vnni", "-mavx512bf16"],
         "avx512": _AVX512,
         "avx2": ["-mavx2", "-mfma"],
         "base": [],

@@ -68,12 +68,14 @@ static int block(const struct decode_step *s, const struct decode_layer *l, stru
     element *x = s->x;
     int failed = 0;
     NAME(rms_norm_forward)(x, 0, as_floats(w.floats, l->attn_norm, D), w.normed, w.scale, rows, D, s->eps);
-    failed |= NAME(few_rows)(w.normed, l->qkv, l->qkv_bias, bias_is_float, rows, D, heads, w.qkv);
+    failed |= NAME(few_rows)(w.normed, l->qkv, l->qkv_scales, NULL, l->qkv_group, l->qkv_form, l->qkv_bias, bias_is_float, rows, D,
+                             heads, w.qkv);
     failed |= attend(s, l, w);
-    failed |= NAME(few_rows)(w.mixed, l->out, l->out_bias, bias_is_float, rows, s->heads * s->head_dim, D, w.y);
+    failed |= NAME(few_rows)(w.mixed, l->out, l->out_scales, NULL, l->out_group, l->out_form, l->out_bias, bias_is_float, rows,
+                             s->heads * s->head_dim, D, w.y);
     add(x, w.y, rows * D);
     NAME(rms_norm_forward)(x, 0, as_floats(w.floats, l->moe_norm, D), w.normed, w.scale, rows, D, s->eps);
-    failed |= NAME(few_rows)(w.normed, l->router, l->router_bias, bias_is_float, rows, D, l->experts, w.y);
+    failed |= NAME(few_rows)(w.normed, l->router, NULL, NULL, 0, DENSE, l->router_bias, bias_is_float, rows, D, l->experts, w.y);
     if (failed) return 1;
     as_floats(l->logits, w.y, rows * l->experts);
     for (int64_t r = 0; r < rows; r++)

@@ -4,9 +4,10 @@
 
 #include <stdint.h>
 
-/* One block. Weights, biases, norms and sinks are elements (bf16 or float); experts are held in any form of integers.h. */
+/* One block. Weights, biases, norms and sinks are elements (bf16 or float); the two projections of attention may be int8
+ * without zeros, and experts are held in any form of integers.h. */
 struct decode_layer {
-    const void *attn_norm, *qkv, *qkv_bias, *out, *out_bias, *sinks;    /* sinks [heads] */
+    const void *attn_norm, *qkv, *qkv_scales, *qkv_bias, *out, *out_scales, *out_bias, *sinks; /* sinks [heads] */
     const void *moe_norm, *router, *router_bias;                        /* router [experts, width] */
     const void *up, *up_scales, *up_zeros, *up_bias, *down, *down_scales, *down_zeros, *down_bias;
     void *keys, *values;          /* the cache: [batch, room, groups, head_dim] */
@@ -17,7 +18,7 @@ struct decode_layer {
     float *logits, *weights, *norms; /* written: [rows, experts], [rows, chosen]; norms NULL where nobody asks */
     int64_t *indices;             /* written: [rows, chosen] */
     int64_t room, key_count, window, experts, chosen; /* window 0: none */
-    int64_t up_group, up_form, down_group, down_form;
+    int64_t qkv_group, qkv_form, out_group, out_form, up_group, up_form, down_group, down_form;
     float limit, alpha;
 };
 

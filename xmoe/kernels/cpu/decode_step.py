@@ -14,29 +14,22 @@ import torch
 from torch import Tensor
 
 from xmoe.kernels.cpu.library import DecodeLayer, DecodeStepArguments, run
-from xmoe.kernels.cpu.products import MANY_FEW
+from xmoe.kernels.cpu.products import MANY_FEW, Stack
 
 MOST_ROWS = MANY_FEW
 ALPHA = 1.702
 
 
-class Stack(NamedTuple):
-    """An expert weight as `struct weight` of integers.h has it: dense values alone, or what `products.packed_parts` says."""
-
-    values: Tensor
-    scales: Tensor | None = None
-    zeros: Tensor | None = None
-    group: int = 0
-    form: int = 0
-
-
 class Layer(NamedTuple):
-    """The tensors of one block, all of one dtype (but for packed experts) and contiguous; shapes as in the modules."""
+    """The tensors of one block, all of one dtype (but for packed weights) and contiguous; shapes as in the modules.
+
+    The projections of attention are dense or int8 without zeros, the router is dense, experts have any form.
+    """
 
     attn_norm: Tensor
-    qkv: Tensor
+    qkv: Stack
     qkv_bias: Tensor
-    out: Tensor
+    out: Stack
     out_bias: Tensor
     sinks: Tensor
     moe_norm: Tensor
@@ -99,19 +92,16 @@ def decode_step(
     table = (DecodeLayer * len(layers))()
     for i, (layer, room, choice) in enumerate(zip(layers, rooms, choices)):
         up, down, written = layer.gate_up, layer.down, (logits[i], weights[i], lengths[i], indices[i])
+        attention = layer.attn_norm, *layer.qkv[:2], layer.qkv_bias, *layer.out[:2], layer.out_bias, layer.sinks
         experts = *up[:3], layer.gate_up_bias, *down[:3], layer.down_bias
-        pointers = (*layer[:9], *experts, *room[:3], room.key_positions, choice.kept, choice.selection_bias, *written)
+        pointers = (
+            *attention, layer.moe_norm, layer.router, layer.router_bias, *experts, *room[:3], room.key_positions,
+            choice.kept, choice.selection_bias, *written,
+        )  # fmt: skip
         sizes = (
-            room.keys.shape[1],
-            room.count,
-            choice.window or 0,
-            E[i],
-            choice.k,
-            *up[3:],
-            *down[3:],
-            choice.limit,
-            ALPHA,
-        )
+            room.keys.shape[1], room.count, choice.window or 0, E[i], choice.k,
+            *layer.qkv[3:], *layer.out[3:], *up[3:], *down[3:], choice.limit, ALPHA,
+        )  # fmt: skip
         table[i] = DecodeLayer(*[None if t is None else t.data_ptr() for t in pointers], *sizes)
     G, Dh = rooms[0].keys.shape[2:]
     angle_batch = 0 if cos.shape[0] == 1 else cos.stride(0)

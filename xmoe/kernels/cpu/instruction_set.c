@@ -15,7 +15,7 @@ const char *xmoe_best_instruction_set(void) {
                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     (void)avx512;
 #if defined(XMOE_HAS_avx512bf16)
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) return "avx512bf16";
+    if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) return "avx512bf16";
 #endif
 #if defined(XMOE_HAS_avx512)
     if (avx512) return "avx512";

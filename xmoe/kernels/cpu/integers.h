@@ -64,19 +64,22 @@ INLINE vf load_nibbles(const uint8_t *p) { /* a byte in each 64 bits: shifted by
 #endif
 }
 
+/* LANES integers from value i of the whole stack on, their zero taken away but before their scale */
+INLINE vf integers_at(const struct weight *w, int64_t i, vf zero) {
+    if (w->form == INT4) return load_nibbles((const uint8_t *)w->values + i / 2) - zero;
+    if (w->zeros) return load_uint8((const uint8_t *)w->values + i) - zero;
+    return load_int8((const int8_t *)w->values + i);
+}
+INLINE vf scale_of(const struct weight *w, int64_t group) { return splat(widen_one(((const uint16_t *)w->scales)[group])); }
+INLINE vf zero_of(const struct weight *w, int64_t group) { return splat(w->zeros ? w->zeros[group] : 8.0f); }
+
 /* to[count] = values from column `first` on of one row; both are multiples of 32, and groups of LANES */
 INLINE void decode_integers(element *to, const struct weight *w, int64_t inner, int64_t row, int64_t first, int64_t count) {
     int64_t groups = inner / w->group, at = row * inner + first;
-    const uint8_t *values = w->values;
     for (int64_t i = 0; i < count;) {
         int64_t g = (first + i) / w->group, stop = smaller(count, (g + 1) * w->group - first), of = row * groups + g;
-        vf scale = splat(widen_one(((const uint16_t *)w->scales)[of])), zero = splat(w->zeros ? w->zeros[of] : 8.0f);
-        if (w->form == INT4)
-            for (; i < stop; i += LANES) store(to + i, (load_nibbles(values + (at + i) / 2) - zero) * scale);
-        else if (w->zeros)
-            for (; i < stop; i += LANES) store(to + i, (load_uint8(values + at + i) - zero) * scale);
-        else
-            for (; i < stop; i += LANES) store(to + i, load_int8((const int8_t *)values + at + i) * scale);
+        vf scale = scale_of(w, of), zero = zero_of(w, of);
+        for (; i < stop; i += LANES) store(to + i, integers_at(w, at + i, zero) * scale);
     }
 }
 #endif

@@ -9,8 +9,8 @@ struct weight; /* of integers.h */
 
 int NAME(attention_forward)(const struct attention *p);
 int NAME(attention_few)(const struct attention *p);
-int NAME(few_rows)(const element *x, const element *weight, const void *bias, int bias_is_float, int64_t rows, int64_t inner,
-                   int64_t columns, element *y);
+int NAME(few_rows)(const element *x, const void *values, const void *scales, const uint8_t *zeros, int64_t group, int64_t form,
+                   const void *bias, int bias_is_float, int64_t rows, int64_t inner, int64_t columns, element *y);
 void NAME(rms_norm_forward)(const void *x, int x_is_float, const float *weight, element *y, float *scale, int64_t rows,
                             int64_t width, float eps);
 void NAME(rope)(const element *x, int64_t x_batch, int64_t x_token, const float *cosine, const float *sine,

@@ -33,7 +33,7 @@ _SIGNATURES = {
     "combine": "ppppppplll",
     "column_sums": "pppllp",
     "cross_entropy": "ppllfp",
-    "few_rows": "pppilllp",
+    "few_rows": "ppppllpilllp",
     "packed_product": "pppplliplllp",
     "packed_experts": "pppppppppipplllllffpplfpplf",
     "decode_step": "p",
@@ -64,7 +64,8 @@ class DecodeLayer(ctypes.Structure):
     """`struct decode_layer` of decode_step.h."""
 
     _fields_ = (
-        [(name, ctypes.c_void_p) for name in ("attn_norm", "qkv", "qkv_bias", "out", "out_bias", "sinks")]
+        [(name, ctypes.c_void_p) for name in ("attn_norm", "qkv", "qkv_scales", "qkv_bias")]
+        + [(name, ctypes.c_void_p) for name in ("out", "out_scales", "out_bias", "sinks")]
         + [(name, ctypes.c_void_p) for name in ("moe_norm", "router", "router_bias")]
         + [
             (n, ctypes.c_void_p)
@@ -73,7 +74,7 @@ class DecodeLayer(ctypes.Structure):
         + [(n, ctypes.c_void_p) for n in ("keys", "values", "slots", "key_positions", "kept", "selection_bias")]
         + [(name, ctypes.c_void_p) for name in ("logits", "weights", "norms", "indices")]
         + [(name, ctypes.c_int64) for name in ("room", "key_count", "window", "experts", "chosen")]
-        + [(name, ctypes.c_int64) for name in ("up_group", "up_form", "down_group", "down_form")]
+        + [(f"{weight}_{of}", ctypes.c_int64) for weight in ("qkv", "out", "up", "down") for of in ("group", "form")]
         + [(name, ctypes.c_float) for name in ("limit", "alpha")]
     )
 

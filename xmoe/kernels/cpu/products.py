@@ -7,8 +7,10 @@ a handful of rows streams its weight once, from where it lies.
 from __future__ import annotations
 
 import sys
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -72,11 +74,35 @@ FORMS = {"mxfp4": 1, "int4": 4, "int8": 8}
 """Packed formats and their numbers in integers.h; dense is 0."""
 
 
-def packed_parts(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None, int, int]:
-    """Values, scales, zeros, group size and form of a packed weight, as `struct weight` of integers.h has them."""
+class Stack(NamedTuple):
+    """A weight as `struct weight` of integers.h has it: dense values alone, or what :func:`packed_parts` says."""
+
+    values: Tensor
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+    group: int = 0
+    form: int = 0
+
+
+def packed_parts(weight: PackedWeight) -> Stack:
+    """Values, scales, zeros, group size and form of a packed weight."""
     if weight.format == "mxfp4":
-        return weight.blocks, weight.scales, None, 32, FORMS["mxfp4"]
-    return weight.values, weight.scales, weight.tensors.get("zeros"), weight.group, FORMS[weight.format]
+        return Stack(weight.blocks, weight.scales, None, 32, FORMS["mxfp4"])
+    return Stack(weight.values, weight.scales, weight.tensors.get("zeros"), weight.group, FORMS[weight.format])
+
+
+def few_weight(weight: Tensor | PackedWeight, dtype: torch.dtype) -> Stack | None:
+    """A weight as products of a handful of rows in `dtype` read it where it lies; None where they cannot.
+
+    Dense ones have that dtype; integers lie in groups of whole 32, any number of rows of them.
+    """
+    if isinstance(weight, Tensor):
+        return Stack(weight) if weight.dtype == dtype and weight.is_contiguous() else None
+    if weight.format not in ("int8", "int4") or sys.byteorder != "little":
+        return None
+    stack = packed_parts(weight)
+    whole = weight.shape[2] % 32 == 0 and stack.group % 32 == 0
+    return stack if whole and all(t.is_contiguous() for t in weight.tensors.values()) else None
 
 
 def takes_packed(weight: Tensor | PackedWeight) -> bool:
@@ -144,20 +170,33 @@ depend on how many of its tokens came together: so only those who ask get it, th
 MANY_FEW = 16
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, few: int = FEW_ROWS) -> Tensor:
+def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None, few: int = FEW_ROWS) -> Tensor:
     """See :func:`xmoe.kernels.reference.linear`; up to `few` rows without gradient go the way of decoding."""
     dtype, rows = compute_dtype(x), x.numel() // max(x.shape[-1], 1)
-    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    if not trains and 0 < rows <= few and weight.dtype == dtype and weight.is_contiguous():
-        return _few_rows(x.to(dtype).contiguous(), weight, bias, rows)
+    learning = (t for t in (x, weight, bias) if isinstance(t, Tensor))
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in learning)
+    if not trains and 0 < rows <= few and (stack := few_weight(weight, dtype)) is not None:
+        return _few_rows(x.to(dtype).contiguous(), stack, bias, rows, weight.shape[-2])
+    if isinstance(weight, PackedWeight):
+        if trains or not takes_packed(weight):
+            return F.linear(x.to(dtype), weight.decode(dtype=dtype)[0], None if bias is None else bias.to(dtype))
+        return _packed_rows(x.to(dtype), weight, bias)
     return apply(_Linear, x, weight, bias, dtype)
 
 
-def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-    """x [..., I] of a handful of rows times weight [N, I] of the same dtype, which streams past once; no gradient."""
+def _packed_rows(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """x [..., I] of many rows times a packed weight [1, N, I], decoded on the way; rounded before the bias and behind it."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    y = product(rows, weight, whole(len(rows)), torch.empty(len(rows), weight.shape[1], dtype=x.dtype))
+    y = y if bias is None else y.add_(bias)
+    return y.view(*x.shape[:-1], weight.shape[1])
+
+
+def _few_rows(x: Tensor, weight: Stack, bias: Tensor | None, rows: int, columns: int) -> Tensor:
+    """x [..., I] of a handful of rows times a weight [columns, I], which streams past once; no gradient."""
     if bias is not None:
         bias = (bias if bias.dtype in (torch.bfloat16, torch.float32) else bias.float()).contiguous()
-    y = torch.empty(*x.shape[:-1], len(weight), dtype=x.dtype)
+    y = torch.empty(*x.shape[:-1], columns, dtype=x.dtype)
     is_float = bias is not None and bias.dtype == torch.float32
-    run("few_rows", x.dtype, x, weight, bias, is_float, rows, x.shape[-1], len(weight), y)
+    run("few_rows", x.dtype, x, *weight, bias, is_float, rows, x.shape[-1], columns, y)
     return y

@@ -16,12 +16,15 @@ from torch.autograd.function import once_differentiable
 from xmoe.kernels.portable.attention import attention
 from xmoe.kernels.portable.autocast import compute_dtype
 from xmoe.kernels.portable.experts import describe, experts
+from xmoe.quantization.packed import PackedWeight
 
 __all__ = ["attention", "compute_dtype", "describe", "experts", "linear", "linear_cross_entropy", "rms_norm", "rope"]
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """See :func:`xmoe.kernels.reference.linear`."""
+def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """See :func:`xmoe.kernels.reference.linear`; a packed weight is decoded for every product."""
+    if isinstance(weight, PackedWeight):
+        weight = weight.decode(dtype=compute_dtype(x))[0]
     return F.linear(x, weight, bias)
 
 

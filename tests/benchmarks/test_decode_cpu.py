@@ -115,7 +115,12 @@ def test_it_runs_ours_and_names_what_is_not_there(random_model, tmp_path):
         "--tokens",
         "2",
     ]
-    command += ["--engines", "xmoe,xmoe huge pages,xmoe int8,xmoe portable,llama.cpp", "--output", str(tmp_path / "out.json")]
+    command += [
+        "--engines",
+        "xmoe,xmoe huge pages,xmoe int8,xmoe portable,llama.cpp",
+        "--output",
+        str(tmp_path / "out.json"),
+    ]
     done = subprocess.run([*command, "--threads", "1"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out.json").read_text())

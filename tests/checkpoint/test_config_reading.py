@@ -11,6 +11,7 @@ from xmoe.checkpoint.config_writing import config_text
 from xmoe.checkpoint.layouts import LAYOUTS
 from xmoe.errors import CheckpointError
 from xmoe.model.config import FULL, SLIDING, preset
+from xmoe.model.rope import concentration, inverse_frequencies
 
 NEW_ROPE = {
     "rope_theta": 150000.0, "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
@@ -94,7 +95,26 @@ def test_files_that_are_no_config(tmp_path):
             read_config(tmp_path)
 
 
-ANY = st.none() | st.booleans() | st.integers(-5, 2**70) | st.floats() | st.text(max_size=3)
+@pytest.mark.parametrize(
+    ("layout", "key", "value", "message"),
+    [
+        ("openai", "rope_scaling_factor", 1e306, "max_position_embeddings is .*; expected at most"),
+        ("openai", "rope_theta", 1, "rope_theta is 1.0; expected a number from 1"),
+        ("native", "rms_norm_eps", -1e-5, "rms_norm_eps is -1e-05; expected a number from"),
+        ("hf-mxfp4", "sliding_window", 2**64, "sliding_window is 18446744073709551616; expected at most"),
+        ("hf-mxfp4", "swiglu_limit", 10**400, "swiglu_limit is '1000.*; expected a number"),
+        ("native", "num_hidden_layers", 10**12, "at most 10,000"),
+        ("native", "head_dim", 10**300, "head_dim is 100000000000... of 301 digits"),
+    ],
+)
+def test_absurd_numbers(layout, key, value, message):
+    content = json.loads(config_text(preset("tiny", tie_word_embeddings=False), LAYOUTS[layout]))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        to_model_config(content | {key: value}, [10] * 4, "config.json")
+    assert "\n" not in str(caught.value)
+
+
+ANY = st.none() | st.booleans() | st.integers(-5, 2**70) | st.just(10**400) | st.floats() | st.text(max_size=3)
 ANY = ANY | st.lists(ANY, max_size=3) | st.dictionaries(st.text(max_size=3), ANY, max_size=2)
 
 
@@ -109,6 +129,8 @@ def test_any_value_anywhere_is_understood_or_refused(layout, data):
         content[key] = data.draw(ANY)
     try:
         if content.get("model_type") in (None, "xmoe", "gpt_oss"):
-            to_model_config(content, [10] * 4, "config.json")
+            config, _ = to_model_config(content, [10] * 4, "config.json")
+            if config.head_dim < 10_000:
+                assert inverse_frequencies(config).isfinite().all() and concentration(config) >= 1
     except CheckpointError as e:
         assert "\n" not in str(e)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class Keys:
         return self._typed(names, default, lambda v: type(v) is int, "a whole number")
 
     def number(self, *names: str, default: float | None = None) -> float:
-        return float(self._typed(names, default, lambda v: type(v) in (int, float) and math.isfinite(v), "a number"))
+        return float(self._typed(names, default, _is_finite, "a number"))
 
     def _typed(self, names, default, accept, kind):
         value = self.find(*names, default=default)
@@ -53,3 +53,8 @@ class Keys:
         found = self.find(name, default=value)
         if found != value:
             raise CheckpointError(f"{self.file}: {name} is {found!r}; only GPT-OSS's {value!r} is supported")
+
+
+def _is_finite(value: Any) -> bool:
+    """A number that a float can hold; a whole number may have more digits than any float."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max

@@ -23,7 +23,7 @@ from xmoe.checkpoint.json_file import read_json
 from xmoe.checkpoint.layer_experts import stated_experts
 from xmoe.checkpoint.layouts import Layout
 from xmoe.errors import CheckpointError, XmoeError
-from xmoe.model.config import EFFORTS, FULL, SLIDING, ModelConfig
+from xmoe.model.config import EFFORTS, FULL, MOST_SIZE, SLIDING, ModelConfig
 
 # Keys that say nothing about the model's shape and that every export writes anew.
 _REWRITTEN = (
@@ -170,7 +170,9 @@ def _openai_fields(keys: Keys) -> dict[str, Any]:
     fields["rope_scaling_factor"] = keys.number("rope_scaling_factor")
     fields["rope_beta_slow"] = keys.number("rope_ntk_alpha")
     fields["rope_beta_fast"] = keys.number("rope_ntk_beta")
-    fields["max_position_embeddings"] = round(fields["initial_context_length"] * max(fields["rope_scaling_factor"], 1))
+    beyond = MOST_SIZE + 1  # which ModelConfig refuses
+    longest = min(fields["initial_context_length"], beyond) * max(fields["rope_scaling_factor"], 1)
+    fields["max_position_embeddings"] = round(min(longest, beyond))
     return fields
 
 

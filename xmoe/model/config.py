@@ -12,7 +12,7 @@ from xmoe.errors import ConfigError
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 EFFORTS = ("low", "medium", "high")
-MOST_LAYERS = 10_000  # beyond any model; a larger number comes from a damaged file
+MOST_LAYERS, MOST_SIZE = 10_000, 2**31 - 1  # beyond any model; a larger number comes from a damaged file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,9 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.num_hidden_layers > MOST_LAYERS:  # said here, before anything counts so far
-            raise ConfigError(f"model.num_hidden_layers is {self.num_hidden_layers}; expected at most {MOST_LAYERS:,}")
+            raise ConfigError(
+                f"model.num_hidden_layers is {_in_short(self.num_hidden_layers)}; expected at most {MOST_LAYERS:,}"
+            )
         if self.layer_types is None:
             types = tuple(FULL if i % 2 else SLIDING for i in range(self.num_hidden_layers))
             object.__setattr__(self, "layer_types", types)
@@ -98,10 +100,28 @@ class ModelConfig:
         sizes = (
             "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
             "intermediate_size", "num_experts_per_tok", "sliding_window", "max_position_embeddings",
+            "initial_context_length",
         )  # fmt: skip
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} is {getattr(self, name)}; expected at least 1")
+            if getattr(self, name) > MOST_SIZE:
+                raise ConfigError(f"model.{name} is {_in_short(getattr(self, name))}; expected at most {MOST_SIZE:,}")
+        floats = (
+            "rope_scaling_factor",
+            "rope_beta_fast",
+            "rope_beta_slow",
+            "rms_norm_eps",
+            "swiglu_limit",
+            "initializer_range",
+        )
+        for name in floats:
+            if not 1e-30 < getattr(self, name) < 1e30:
+                raise ConfigError(
+                    f"model.{name} is {_in_short(getattr(self, name))}; expected a number from 1e-30 to 1e30"
+                )
+        if not 1 < self.rope_theta < 1e30:
+            raise ConfigError(f"model.rope_theta is {_in_short(self.rope_theta)}; expected a number from 1 to 1e30")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"model.num_attention_heads {self.num_attention_heads} is no multiple of "
@@ -168,6 +188,12 @@ class ModelConfig:
             router = self.experts_in_layer(layer) * (D + 1)
             total += attention + 2 * D + router + experts_of(layer) * self.expert_parameter_count()
         return total
+
+
+def _in_short(number: float) -> str:
+    """A number of any length on one line."""
+    digits = str(number)
+    return digits if len(digits) <= 24 else f"{digits[:12]}... of {len(digits)} digits"
 
 
 def _one_if_equal(counts: tuple[int, ...]) -> int | tuple[int, ...]:

@@ -29,8 +29,8 @@ def yarn_bounds(config: ModelConfig) -> tuple[float, float]:
 def inverse_frequencies(config: ModelConfig) -> Tensor:
     """fp32 [Dh/2]: radians a position turns each pair by; a blend of plain and stretched frequencies under YaRN."""
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
-    plain = 1.0 / config.rope_theta**exponent
-    factor = config.rope_scaling_factor
+    plain = 1.0 / float(config.rope_theta) ** exponent
+    factor = float(config.rope_scaling_factor)
     if factor <= 1.0:
         return plain
     low, high = yarn_bounds(config)

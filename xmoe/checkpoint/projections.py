@@ -17,7 +17,7 @@ from xmoe.quantization.packed import PackedWeight
 
 GROUP = 32
 CHOICES = ("stored", "int8")
-_PIECE = 8 << 20  # values rounded at a time, which takes some twenty bytes for each
+_PIECE = 2 << 20  # values rounded at a time, few enough that what they take meanwhile is used again and again
 
 
 def is_projection(name: str) -> bool:

@@ -7,17 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.checkpoint.small_tensors import TENSORS
 from xmoe.checkpoint import shard_writer
 from xmoe.checkpoint.shard_reader import INDEX, ShardReader
 from xmoe.checkpoint.shard_writer import ShardWriter
-
-TENSORS = {
-    "a": torch.arange(24, dtype=torch.float32).view(4, 6),
-    "b": torch.arange(9, dtype=torch.uint8).view(3, 3, 1),
-    "c": torch.randn(5, 7).bfloat16(),
-    "d": torch.tensor(3, dtype=torch.int64),
-    "e": torch.zeros(0, 4),
-}
 
 
 def announced(tensors):

@@ -73,12 +73,12 @@ def test_rows_longer_than_one_sum_of_integers():
     """1,024 products at most are added up in 32 bits; with all weights and activations at their largest nothing wraps."""
     for options in ({}, {"affine": True}, {"group_size": 2080}):
         compare_integers(torch.bfloat16, 3, 6, 4160, "int8", options)
-    x = torch.full((1, 4160), 250.0, dtype=torch.bfloat16)
-    weight = PackedWeight.encode(torch.full((1, 3, 4160), 2.0), "int8")
-    with torch.no_grad():
-        torch.testing.assert_close(
-            dispatch.linear(x, weight).float(), torch.full((1, 3), 4160 * 500.0), rtol=0.01, atol=0
-        )
+    x = torch.full((1, 8320), 250.0, dtype=torch.bfloat16)
+    for affine in (False, True):
+        weight = PackedWeight.encode(torch.full((1, 3, 8320), 2.0), "int8", affine=affine)
+        with torch.no_grad():
+            found = dispatch.linear(x, weight).float()
+        torch.testing.assert_close(found, torch.full((1, 3), 8320 * 500.0), rtol=0.01, atol=0)
 
 
 def test_one_loud_activation_leaves_the_others_heard():

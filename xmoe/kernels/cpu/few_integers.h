@@ -7,7 +7,7 @@
 #ifndef XMOE_CPU_FEW_INTEGERS_H
 #define XMOE_CPU_FEW_INTEGERS_H
 
-#include "few.h"
+#include "activations.h"
 
 #if SHORTS
 #define MOST_SUMMED 1024   /* values whose products fit into 32 bits: each lane adds 2 of them, 255 * 32767 at most, every SHORTS */

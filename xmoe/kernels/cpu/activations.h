@@ -1,6 +1,6 @@
-/* What the products of few.c share, whatever form the weight has: the activations, and how sums become results. */
-#ifndef XMOE_CPU_FEW_H
-#define XMOE_CPU_FEW_H
+/* What products for a handful of rows share, whatever form the weight has: the activations, and how sums become results. */
+#ifndef XMOE_CPU_ACTIVATIONS_H
+#define XMOE_CPU_ACTIVATIONS_H
 
 #include "integers.h"
 #include "slots.h"

@@ -1,4 +1,4 @@
-"""Measures any model through two doors: its logits (benchmark.py) and its stream of text (deployment.py)."""
+"""What a model is worth: benchmarks of its logits and of the text it writes, with one door, benchmark.py."""
 
 from __future__ import annotations
 

@@ -59,8 +59,8 @@ def packed_model(format: str = "mxfp4", **options) -> Transformer:
 def model_with_int8_projections() -> Transformer:
     model = packed_model()
     for block in model.blocks:
-        for module in (block.attn.qkv, block.attn.out):
-            module.pack("weight", PackedWeight.encode(module.weight.detach()[None], "int8", group_size=32))
+        for module, group_size in ((block.attn.qkv, 32), (block.attn.out, 64)):
+            module.pack("weight", PackedWeight.encode(module.weight.detach()[None], "int8", group_size=group_size))
     model.head.pack("weight", PackedWeight.encode(model.head.weight.detach()[None], "int8", group_size=32))
     return model
 

@@ -7,11 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xmoe.checkpoint import projections
+from xmoe.checkpoint import adapters, projections
 from xmoe.checkpoint.weights import load, save
 from xmoe.errors import CheckpointError, ConfigError
 from xmoe.generation.generate import generate
 from xmoe.kernels import memory
+from xmoe.model.adapter import Settings, attach
 from xmoe.model.config import preset
 from xmoe.model.describe import describe
 from xmoe.model.perplexity import mean_loss
@@ -86,6 +87,32 @@ def test_it_speaks_and_says_what_it_is(published):
     assert "experts in mxfp4; projections in int8" in str(describe(rounded))
     assert "projections" not in str(describe(stored)) and describe(rounded).bytes < describe(stored).bytes
     assert describe(rounded).parameters == describe(stored).parameters
+
+
+def test_an_adapter_of_the_stored_weights_speaks_beside_rounded_ones(published, tmp_path):
+    folder = published("hf-mxfp4")
+    model = load(folder)[0]
+    for lora in attach(model, Settings({"attention": 2, "experts": 2}, alpha=8.0)).values():
+        for part in (lora.a, lora.b):
+            torch.nn.init.normal_(part, std=0.2, generator=torch.Generator().manual_seed(part.numel()))
+    (tmp_path / "adapter").mkdir()
+    adapters.save(model, tmp_path / "adapter", Settings({"attention": 2, "experts": 2}, alpha=8.0), base=str(folder))
+    plain, adapted = (load(folder, adapter=a, projections="int8")[0] for a in (None, tmp_path / "adapter"))
+    tokens = torch.arange(30).view(1, 30)
+    with torch.no_grad():
+        stored, found, without = (m(tokens).logits.float() for m in (model, adapted, plain))
+    assert (found - stored).norm() < 0.25 * (without - stored).norm()
+    with pytest.raises(ConfigError, match="held in int8; adapters stand beside the stored weights"):
+        attach(plain, Settings({"attention": 2}, alpha=8.0))
+
+
+def test_a_change_of_the_models_type_leaves_the_scales(published):
+    model = load(published("hf-mxfp4"), projections="int8")[0].float()
+    assert model.head.weight.scales.dtype == torch.bfloat16 and model.norm.weight.dtype == torch.float32
+    hidden = torch.randn(2, 64)
+    with torch.no_grad():
+        expected = hidden @ model.head.weight.decode(dtype=torch.float32)[0].t()
+        torch.testing.assert_close(model.unembed(hidden), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_refusals(published, random_model, tmp_path):

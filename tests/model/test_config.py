@@ -59,7 +59,11 @@ def test_uneven_expert_counts_are_counted_layer_by_layer(counts):
         ({"num_key_value_heads": 4}, "no multiple of"),
         ({"head_dim": 13}, "expected an even number"),
         ({"layer_types": ("full_attention",)}, "expected 4"),
-        ({"hidden_size": 0}, "expected at least 1"),
+        ({"hidden_size": 0}, "hidden_size is 0; expected 1 to 2,147,483,647"),
+        ({"num_experts": 10**30}, "num_experts is an integer of 100 bits; expected 1 to"),
+        ({"num_experts": (10, 10**10, 10, 10)}, "num_experts is 10000000000; expected 1 to"),
+        ({"rope_theta": 1.0}, "rope_theta is 1.0; expected 1.001 to 1e.30"),
+        ({"head_dim": -(10**5000)}, "head_dim is an integer of 16610 bits; expected 1 to"),
         ({"num_hidden_layers": 10**15}, "expected at most 10,000"),  # at once: a damaged file must not fill the memory
         ({"reasoning_effort": {"low": 11}}, "reasoning_effort"),
     ],
@@ -73,3 +77,8 @@ def test_contradictions_are_one_clear_line(changes, message):
 def test_equal_counts_become_one_number():
     assert preset("tiny", num_experts=(10, 10, 10, 10)) == preset("tiny")
     assert isinstance(ModelConfig(**PRESETS["light"]).num_experts, int)
+
+
+def test_what_some_models_have_is_allowed():
+    config = preset("tiny", swiglu_limit=float("inf"), rms_norm_eps=0.0, initializer_range=0.0)
+    assert config.swiglu_limit > 1e30

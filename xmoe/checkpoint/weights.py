@@ -78,18 +78,17 @@ def load(
     with torch.device("meta"):
         model = Transformer(checkpoint.config)
     huge = None
+    stays = {name for name in checkpoint if rounds and is_projection(name)}
+    stays |= set() if model.head is None else {"embed.weight"}
     if huge_pages and device.type == "cpu":
-        leave = () if model.head is None else checkpoint.stored_names("embed.weight")
+        leave = [stored for name in stays for stored in checkpoint.stored_names(name)]
         checkpoint.reader = huge = HugePageReader(checkpoint.folder, leave)
     with _progress("loading", checkpoint.reader.total_bytes) as bar:
         for name in checkpoint:
             value = _materialize(checkpoint, name, device, wanted, decode)
-            if rounds and is_projection(name):
-                value = in_int8(name, value)
-                checkpoint.reader.release()  # pages that were only read count as memory while they are mapped
-            elif huge is not None and (name != "embed.weight" or model.head is None):
+            if huge is not None and name not in stays:
                 value = value.map(huge.settle) if isinstance(value, PackedWeight) else huge.settle(value)
-                huge.release()
+                huge.release()  # pages that were only copied count as memory while they are mapped
             _place(model, name, value)
             bar.update(sum(checkpoint.reader[n].nbytes for n in checkpoint.stored_names(name)))
     for layer, block in enumerate(model.blocks):
@@ -97,9 +96,19 @@ def load(
     assert not any(t.is_meta for t in model.state_dict().values())
     model.source = Source(checkpoint.folder, checkpoint.extra)
     if adapter is not None:
-        adapters.load(model, adapter)
+        adapters.load(model, adapter)  # which knows its model by the weights as they are stored
+    if rounds:
+        _round(model, checkpoint)
     _prepare(model, device)
     return model.eval(), tokenizer
+
+
+def _round(model: Transformer, checkpoint: Checkpoint) -> None:
+    names = [name for name in checkpoint if is_projection(name)]
+    for name in tqdm(names, desc="rounding", disable=None):
+        module = model.get_submodule(name.rpartition(".")[0])
+        module.pack("weight", in_int8(name, module.weight.detach()))
+        checkpoint.reader.release()  # pages that were only read count as memory while they are mapped
 
 
 def stream_layers(

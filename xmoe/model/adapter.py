@@ -102,7 +102,7 @@ def attach(model: nn.Module, settings: Settings) -> dict[str, LoRA]:
     """Give `model` the adapters of `settings`, of zeros -> native name of each weight and its adapter.
 
     Raises:
-        ConfigError: it has adapters already, or the settings name a layer that it has not.
+        ConfigError: it has adapters already, its projections are packed, or the settings name a layer that it has not.
     """
     if adapters(model):
         raise ConfigError("the model has adapters already; merge() them into the weights, or detach() them")
@@ -111,6 +111,10 @@ def attach(model: nn.Module, settings: Settings) -> dict[str, LoRA]:
         _, layer, rest = name.split(".", 2)
         owner, _, attribute = _HOME[rest].rpartition(".")
         owner, weight = model.blocks[int(layer)].get_submodule(owner), weight_of(model, name)
+        if isinstance(weight, PackedWeight) and weight.shape[0] == 1 and ".attn." in name:
+            raise ConfigError(
+                f"{name} is held in {weight.format}; adapters stand beside the stored weights: load those"
+            )
         lora = LoRA(tuple(weight.shape), rank, settings.scale(rank), weight.device)
         setattr(owner, attribute, lora)
         found[name] = lora

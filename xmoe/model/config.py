@@ -6,6 +6,7 @@ Field names are those of GPT-OSS's `config.json`, so that nothing needs translat
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import ClassVar
 
 from xmoe.errors import ConfigError
@@ -103,25 +104,19 @@ class ModelConfig:
             "initial_context_length",
         )  # fmt: skip
         for name in sizes:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name} is {getattr(self, name)}; expected at least 1")
-            if getattr(self, name) > MOST_SIZE:
-                raise ConfigError(f"model.{name} is {_in_short(getattr(self, name))}; expected at most {MOST_SIZE:,}")
-        floats = (
-            "rope_scaling_factor",
-            "rope_beta_fast",
-            "rope_beta_slow",
-            "rms_norm_eps",
-            "swiglu_limit",
-            "initializer_range",
-        )
-        for name in floats:
-            if not 1e-30 < getattr(self, name) < 1e30:
-                raise ConfigError(
-                    f"model.{name} is {_in_short(getattr(self, name))}; expected a number from 1e-30 to 1e30"
-                )
-        if not 1 < self.rope_theta < 1e30:
-            raise ConfigError(f"model.rope_theta is {_in_short(self.rope_theta)}; expected a number from 1 to 1e30")
+            _check_range(name, getattr(self, name), 1, MOST_SIZE)
+        if isinstance(self.num_experts, tuple) and len(self.num_experts) != self.num_hidden_layers:
+            raise ConfigError(
+                f"model.num_experts lists {len(self.num_experts)} layers; expected {self.num_hidden_layers}, or one number"
+            )
+        for layer in range(self.num_hidden_layers if isinstance(self.num_experts, tuple) else 1):
+            _check_range("num_experts", self.experts_in_layer(layer), 1, MOST_SIZE)
+        for name in ("rope_scaling_factor", "rope_beta_fast", "rope_beta_slow"):
+            _check_range(name, getattr(self, name), 1e-30, 1e30)
+        for name in ("rms_norm_eps", "initializer_range"):
+            _check_range(name, getattr(self, name), 0, 1e30)
+        _check_range("swiglu_limit", self.swiglu_limit, 1e-30, math.inf)
+        _check_range("rope_theta", self.rope_theta, 1.001, 1e30)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"model.num_attention_heads {self.num_attention_heads} is no multiple of "
@@ -133,10 +128,6 @@ class ModelConfig:
             raise ConfigError(
                 f"model.layer_types has {len(self.layer_types)} entries {sorted(set(self.layer_types))}; expected "
                 f"{self.num_hidden_layers}, each {SLIDING} or {FULL}"
-            )
-        if isinstance(self.num_experts, tuple) and len(self.num_experts) != self.num_hidden_layers:
-            raise ConfigError(
-                f"model.num_experts lists {len(self.num_experts)} layers; expected {self.num_hidden_layers}, or one number"
             )
         fewest = min(self.experts_in_layer(i) for i in range(self.num_hidden_layers))
         if fewest < self.num_experts_per_tok:
@@ -190,10 +181,17 @@ class ModelConfig:
         return total
 
 
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        high = f"{high:,}" if isinstance(high, int) else f"{high:g}"
+        raise ConfigError(f"model.{name} is {_in_short(value)}; expected {low:g} to {high}")
+
+
 def _in_short(number: float) -> str:
     """A number of any length on one line."""
-    digits = str(number)
-    return digits if len(digits) <= 24 else f"{digits[:12]}... of {len(digits)} digits"
+    if isinstance(number, int) and abs(number) >= 10**24:
+        return f"an integer of {number.bit_length()} bits"
+    return str(number)
 
 
 def _one_if_equal(counts: tuple[int, ...]) -> int | tuple[int, ...]:

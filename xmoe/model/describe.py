@@ -77,6 +77,6 @@ def describe(model: Transformer) -> Description:
         experts=config.num_experts,
         experts_per_token=config.num_experts_per_tok,
         expert_format=" and ".join(formats),
-        projection_format=form(model.blocks[0].attn.qkv.weight),
+        projection_format=" and ".join(dict.fromkeys(form(block.attn.qkv.weight) for block in model.blocks)),
         bytes=sum(t.numel() * t.element_size() for t in tensors),
     )

@@ -230,6 +230,14 @@ def build(
     """A freshly initialised :class:`Transformer` of a config or a preset's name, on `device`, in `dtype` (None: fp32)."""
     if isinstance(config, str):
         config = preset(config)
-    with torch.device(device):
-        model = Transformer(config)
-    return init_weights(model.to(dtype or torch.float32), seed)
+    try:
+        with torch.device(device):
+            model = Transformer(config)
+        model = model.to(dtype or torch.float32)
+    except (RuntimeError, MemoryError) as e:
+        if isinstance(e, torch.cuda.OutOfMemoryError) or ("alloc" not in str(e) and "overflow" not in str(e).lower()):
+            raise
+        raise ConfigError(
+            f"no memory here for a model of {config.parameter_count():.3g} parameters; make it smaller"
+        ) from e
+    return init_weights(model, seed)

@@ -116,6 +116,13 @@ class PackedWeight(nn.Module):
             raise ConfigError(f"unknown weight format {format!r}; expected one of {', '.join(FORMATS)}")
         return cls(format, FORMATS[format].encode(weight, **options))
 
+    def _apply(self, fn, recurse: bool = True):
+        """As for any module, but the scales of integers keep their type: `model.float()` is about the rest."""
+        super()._apply(fn, recurse)
+        if self.format in _BITS and self.scales.dtype != torch.bfloat16:
+            self.scales = self.scales.to(torch.bfloat16)  # exact: they were bfloat16 before
+        return self
+
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The packed tensors by name; those of a form within a form under both names (`left.blocks`)."""

@@ -44,13 +44,10 @@ FORMS = [
 ]
 
 
-def compare_integers(
-    dtype: torch.dtype, rows: int, columns: int, inner: int, format: str, options: dict, loud: float = 1.0
-) -> None:
+def compare_integers(dtype: torch.dtype, rows: int, columns: int, inner: int, format: str, options: dict) -> None:
     """The weight as it decodes, unrounded: integers and their scales are exact, activations are all that is rounded."""
     g = torch.Generator().manual_seed(rows * columns + inner)
     x = torch.randn(rows, inner, generator=g).to(dtype)
-    x[0, 3] *= loud
     weight = PackedWeight.encode(torch.randn(1, columns, inner, generator=g) + 0.1, format, **options)
     bias = torch.randn(columns, generator=g)
     product = x.double() @ weight.decode(dtype=torch.float32)[0].double().t()
@@ -70,7 +67,7 @@ def test_integers_of_a_few_rows(dtype, rows, columns, inner, format, options):
 
 
 def test_rows_longer_than_one_sum_of_integers():
-    """1,024 products at most are added up in 32 bits; with all weights and activations at their largest nothing wraps."""
+    """Products of a block alone are added up in 32 bits; with all weights and activations at their largest nothing wraps."""
     for options in ({}, {"affine": True}, {"group_size": 2080}):
         compare_integers(torch.bfloat16, 3, 6, 4160, "int8", options)
     x = torch.full((1, 8320), 250.0, dtype=torch.bfloat16)
@@ -81,17 +78,17 @@ def test_rows_longer_than_one_sum_of_integers():
         torch.testing.assert_close(found, torch.full((1, 3), 8320 * 500.0), rtol=0.01, atol=0)
 
 
-def test_one_loud_activation_leaves_the_others_heard():
-    """One value 200 times the others: what 16 bits keep of those is still more than bf16's rounding of the result."""
-    compare_integers(torch.bfloat16, 2, 64, 320, "int8", {"group_size": 32}, loud=200.0)
+@pytest.mark.parametrize(("group_size", "loud"), [(32, 200.0), (32, 5000.0), (1440, 200.0), (1440, 5000.0)])
+def test_one_loud_activation_leaves_the_others_heard(group_size, loud):
+    """A scale is that of a block: values next to a loud one are rounded coarsely, all others as ever."""
     g = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(1, 320, generator=g).bfloat16(), torch.randn(1, 64, 320, generator=g)
-    x[0, 3], weight[:, :, 3] = 200.0, 0.0  # loud where no weight listens
-    packed = PackedWeight.encode(weight, "int8", group_size=32)
+    x, weight = torch.randn(1, 1440, generator=g).bfloat16(), torch.randn(1, 64, 1440, generator=g)
+    x[0, 3], weight[:, :, 3] = loud, weight[:, :, 3] / loud  # as much in the result as any other
+    packed = PackedWeight.encode(weight, "int8", group_size=group_size)
     expected = x.double() @ packed.decode(dtype=torch.float32)[0].double().t()
     with torch.no_grad():
         found = dispatch.linear(x, packed).double()
-    assert (found - expected).norm() < 5e-3 * expected.norm()
+    assert (found - expected).norm() < (5e-3 if loud < 1000 else 0.03) * expected.norm()
 
 
 def test_activations_that_are_not_finite_show():

@@ -29,49 +29,55 @@ INLINE vu load_weight(const element *p) { return (vu)load(p); }
 struct activations {
     ready *x;
     int16_t *shorts; /* x / scale, 15 bits and a sign: beside integer weights, where SHORTS */
-    float *scale;
+    float *scale;    /* one for every 32 values; those of a block are alike */
     int64_t row;
 };
+#define LONGEST_BLOCK 128 /* values under one scale, so that a loud one leaves the others heard: a weight's group at most */
+INLINE int64_t block_end(int64_t from, int64_t group) { return smaller(from + LONGEST_BLOCK, (from / group + 1) * group); }
 
 /* what `rows` rows of `inner` activations need, and the same carved out of a workspace */
 INLINE int64_t activation_bytes(int64_t rows, int64_t inner) {
-    return rows * (round_up(inner, 64) * (sizeof(ready) + (SHORTS ? 2 : 0)) + 4) + 3 * 64;
+    return rows * (round_up(inner, 64) * (sizeof(ready) + (SHORTS ? 2 : 0)) + round_up(inner, 64) / 8) + 3 * 64;
 }
 INLINE struct activations carve_activations(char **room, int64_t rows, int64_t inner) {
     int64_t row = round_up(inner, 64);
     ready *x = carve(room, rows * row * sizeof(ready));
     int16_t *shorts = carve(room, SHORTS ? rows * row * 2 : 0);
-    return (struct activations){x, shorts, carve(room, rows * 4), row};
+    return (struct activations){x, shorts, carve(room, rows * row / 8), row};
 }
 INLINE struct activations activations_from(struct activations a, int64_t row) {
-    return (struct activations){a.x + row * a.row, a.shorts + row * a.row, a.scale + row, a.row};
+    return (struct activations){a.x + row * a.row, a.shorts + row * a.row, a.scale + row * a.row / 32, a.row};
 }
-/* the shorts of row r, whose x is there, zeros behind it too; a row that is not finite gets a scale that is not */
-INLINE void make_shorts(struct activations a, int64_t r) {
+/* The shorts of row r, whose x is there, for a weight of such groups, which with inner are multiples of 32. A block that is not
+ * finite gets a scale that is not. */
+INLINE void make_shorts(struct activations a, int64_t r, int64_t inner, int64_t group) {
 #if SHORTS
     const ready *x = a.x + r * a.row;
     int16_t *to = a.shorts + r * a.row;
-    vf largest = splat(0.0f), odd = splat(0.0f);
-    for (int64_t i = 0; i < a.row; i += LANES) {
-        vf v = load_ready(x + i);
-        largest = vmax(largest, vmax(v, -v)), odd += v * 0.0f;
-    }
-    float most = 0;
-    for (int i = 0; i < LANES; i++) most = largest[i] > most ? largest[i] : most;
-    int finite = sum_lanes(odd) == 0;
-    vf up = splat(finite && most > 0 ? 32767.0f / most : 0.0f), half = splat(0.5f);
-    a.scale[r] = finite ? most / 32767.0f : NAN;
-    for (int64_t i = 0; i < a.row; i += LANES) {
-        vf v = load_ready(x + i) * up;
-        vi whole = __builtin_convertvector(v + (vf)((vi)half | ((vi)v & (int32_t)0x80000000)), vi);
-        for (int l = 0; l < LANES; l++) to[i + l] = (int16_t)whole[l];
+    for (int64_t from = 0, end; from < inner; from = end) {
+        end = block_end(from, group);
+        vf largest = splat(0.0f), odd = splat(0.0f), half = splat(0.5f);
+        for (int64_t i = from; i < end; i += LANES) {
+            vf v = load_ready(x + i);
+            largest = vmax(largest, vmax(v, -v)), odd += v * 0.0f;
+        }
+        float most = 0;
+        for (int i = 0; i < LANES; i++) most = largest[i] > most ? largest[i] : most;
+        int finite = sum_lanes(odd) == 0;
+        vf up = splat(finite && most > 0 ? 32767.0f / most : 0.0f);
+        for (int64_t i = from; i < end; i += 32) a.scale[r * a.row / 32 + i / 32] = finite ? most / 32767.0f : NAN;
+        for (int64_t i = from; i < end; i += LANES) {
+            vf v = load_ready(x + i) * up;
+            vi whole = __builtin_convertvector(v + (vf)((vi)half | ((vi)v & (int32_t)0x80000000)), vi);
+            for (int l = 0; l < LANES; l++) to[i + l] = (int16_t)whole[l];
+        }
     }
 #else
-    (void)a, (void)r;
+    (void)a, (void)r, (void)inner, (void)group;
 #endif
 }
 /* row r of `a` from `inner` elements at x, in the forms that this weight is multiplied with */
-INLINE void make_ready(struct activations a, int64_t r, const element *x, int64_t inner, int64_t form) {
+INLINE void make_ready(struct activations a, int64_t r, const element *x, int64_t inner, const struct weight *w) {
     ready *to = a.x + r * a.row;
     for (int64_t i = 0; i < a.row; i++)
 #if PAIR == 2
@@ -79,7 +85,7 @@ INLINE void make_ready(struct activations a, int64_t r, const element *x, int64_
 #else
         to[i] = i < inner ? load_one(x + i) : 0.0f;
 #endif
-    if (form != DENSE) make_shorts(a, r);
+    if (w->form != DENSE) make_shorts(a, r, inner, w->group);
 }
 
 /* y[r, column[i]] = the lanes of sums[i][r], added up, and the bias */

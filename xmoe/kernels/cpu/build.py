@@ -23,8 +23,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 KERNELS = ("attention.c", "attention_few.c", "decode_step.c", "experts.c", "few.c", "mxfp4.c", "pointwise.c")
 HEADERS = (
-    "vector.h", "product.h", "adapter.h", "attention.h", "decode_step.h", "integers.h", "activations.h", "few_integers.h", "kernels.h",
-    "slots.h",
+    "vector.h", "product.h", "adapter.h", "attention.h", "decode_step.h", "integers.h", "activations.h", "few_integers.h",
+    "kernels.h", "slots.h",
 )  # fmt: skip
 SOURCES = ("instruction_set.c", *HEADERS, *KERNELS)
 ELEMENTS = {"bf16": ["-DXMOE_ELEMENT_BF16"], "f32": []}

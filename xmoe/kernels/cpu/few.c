@@ -81,7 +81,7 @@ int NAME(few_rows)(const element *x, const void *values, const void *scales, con
     struct activations from = carve_activations(&room, rows, inner);
     each = smaller(each > LEAST_TASK ? each : LEAST_TASK, MOST_TASK);
     int64_t tasks = (columns + each - 1) / each;
-    for (int64_t r = 0; r < rows; r++) make_ready(from, r, x + r * inner, inner, form);
+    for (int64_t r = 0; r < rows; r++) make_ready(from, r, x + r * inner, inner, &weight);
 #pragma omp parallel for schedule(dynamic) if (WORTH_SHARING(columns * inner / 4))
     for (int64_t task = 0; task < tasks; task++) {
         int64_t first = task * each, count = smaller(each, columns - first);
@@ -131,7 +131,7 @@ int NAME(few_experts)(const element *x, const int64_t *indices, const float *wei
     int64_t pieces = sort_slots(indices, all, experts, AT_ONCE, next, place, slot, piece), used = 0;
     for (int64_t i = 0; i < all; i++) {
         if (place[i] < 0) continue;
-        make_ready(from, place[i], x + i / slots * width, width, gate_up->form);
+        make_ready(from, place[i], x + i / slots * width, width, gate_up);
         memset(act.x + place[i] * act.row + inner, 0, (act.row - inner) * sizeof(ready));
         used++;
     }
@@ -146,7 +146,7 @@ int NAME(few_experts)(const element *x, const int64_t *indices, const float *wei
         }
         if (down->form != DENSE && SHORTS) {
 #pragma omp for
-            for (int64_t r = 0; r < used; r++) make_shorts(act, r);
+            for (int64_t r = 0; r < used; r++) make_shorts(act, r, inner, down->group);
         }
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < pieces * down_tasks; task++) {

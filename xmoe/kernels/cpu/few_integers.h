@@ -1,8 +1,9 @@
 /* columns_by_rows of few.c for weights in int8 and int4, read as they lie.
  *
- * Where there are instructions for it, bf16 activations become 16-bit integers, 15 bits and a sign under one scale a row,
- * which rounds them less than bf16 has: products of 16-bit integers cost a third of decoding the weight into bf16 first, so
- * that memory stays the limit. Elsewhere, and for float activations, the weight is decoded vector by vector.
+ * Where there are instructions for it, bf16 activations become 16-bit integers, 15 bits and a sign under a scale for each
+ * group of the weight (or for 128 values of a longer one), which rounds all but those below a hundredth of the largest less
+ * than bf16 has: products of such integers cost a third of decoding the weight into bf16 first, so that memory stays the
+ * limit. Elsewhere, and for float activations, the weight is decoded vector by vector.
  */
 #ifndef XMOE_CPU_FEW_INTEGERS_H
 #define XMOE_CPU_FEW_INTEGERS_H
@@ -10,8 +11,6 @@
 #include "activations.h"
 
 #if SHORTS
-#define MOST_SUMMED 1024   /* values whose products fit into 32 bits: each lane adds 2 of them, 255 * 32767 at most, every SHORTS */
-
 /* SHORTS integers from value i of the stack on, their zero taken away */
 INLINE vi shorts_at(const struct weight *w, int64_t i, vi zero) {
     const uint8_t *p = (const uint8_t *)w->values + (w->form == INT4 ? i / 2 : i);
@@ -54,7 +53,7 @@ INLINE void integer_columns_by_rows(int rows, const struct weight *w, int64_t fi
         for (int i = 0; i < STREAMS; i++) column[i] = smaller(c + i * each, columns - 1);
         for (int64_t k = 0, next; k < inner; k = next) {
             int64_t g = k / w->group;
-            next = smaller(k + MOST_SUMMED, (g + 1) * w->group);
+            next = block_end(k, w->group); /* so few products of 255 * 32767 at most add up within 32 bits */
 #pragma GCC unroll 4
             for (int i = 0; i < STREAMS; i++) {
                 int64_t row = first + column[i], of = row * groups + g, from = row * inner;
@@ -67,11 +66,10 @@ INLINE void integer_columns_by_rows(int rows, const struct weight *w, int64_t fi
                 __builtin_prefetch((const char *)w->values + ((from + k) >> half) + AHEAD, 0, 2);
                 vf scale = scale_of(w, of);
 #pragma GCC unroll 4
-                for (int r = 0; r < rows; r++) sums[i][r] += __builtin_convertvector(sum[r], vf) * scale;
+                for (int r = 0; r < rows; r++)
+                    sums[i][r] += __builtin_convertvector(sum[r], vf) * (scale * x.scale[(k + r * x.row) / 32]);
             }
         }
-        for (int i = 0; i < STREAMS; i++)
-            for (int r = 0; r < rows; r++) sums[i][r] *= x.scale[r];
         write_sums(rows, sums, column, bias, bias_is_float, y, y_row, y_is_float);
     }
 }

@@ -101,7 +101,12 @@ def test_files_that_are_no_config(tmp_path):
         ("openai", "rope_scaling_factor", 1e306, "max_position_embeddings is 2147483648; expected 1 to"),
         ("openai", "rope_theta", 1, "rope_theta is 1.0; expected 1.001"),
         ("native", "rms_norm_eps", -1e-5, "rms_norm_eps is -1e-05; expected 0 to"),
-        ("hf-mxfp4", "sliding_window", 2**64, "sliding_window is 18446744073709551616; expected 1 to 2,147"),
+        (
+            "hf-mxfp4",
+            "sliding_window",
+            2**64,
+            "sliding_window is '18446744073709551616'; expected a whole number of 18 digits",
+        ),
         ("hf-mxfp4", "swiglu_limit", 10**400, "swiglu_limit is '1000.*; expected a number"),
         ("native", "num_hidden_layers", 10**12, "at most 10,000"),
         ("native", "head_dim", 10**300, "head_dim is an integer of 997 bits"),
@@ -133,4 +138,4 @@ def test_any_value_anywhere_is_understood_or_refused(layout, data):
             if config.head_dim < 10_000:
                 assert inverse_frequencies(config).isfinite().all() and concentration(config) >= 1
     except CheckpointError as e:
-        assert "\n" not in str(e)
+        assert "\n" not in str(e) and len(str(e)) < 500

@@ -35,7 +35,9 @@ class Keys:
         return next(iter(values.values()), default)
 
     def integer(self, *names: str, default: int | None = None) -> int:
-        return self._typed(names, default, lambda v: type(v) is int, "a whole number")
+        return self._typed(
+            names, default, lambda v: type(v) is int and abs(v) < 10**18, "a whole number of 18 digits at most"
+        )
 
     def number(self, *names: str, default: float | None = None) -> float:
         return float(self._typed(names, default, _is_finite, "a number"))
@@ -52,7 +54,7 @@ class Keys:
         """A key that xmoe has no knob for must have the value that GPT-OSS has, or be absent."""
         found = self.find(name, default=value)
         if found != value:
-            raise CheckpointError(f"{self.file}: {name} is {found!r}; only GPT-OSS's {value!r} is supported")
+            raise CheckpointError(f"{self.file}: {name} is {repr(found)[:60]}; only GPT-OSS's {value!r} is supported")
 
 
 def _is_finite(value: Any) -> bool:

@@ -38,7 +38,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     content = read_json(file)
     kind = content.get("model_type")
     if kind not in (NATIVE_TYPE, HF_TYPE) and not (kind is None and "rope_ntk_beta" in content):
-        what = f"model_type {kind!r}" if kind is not None else "no model_type"
+        what = f"model_type {repr(kind)[:60]}" if kind is not None else "no model_type"
         raise CheckpointError(
             f"{file} has {what}, a folder of another architecture; expected {HF_TYPE!r}, {NATIVE_TYPE!r} or the "
             "config.json of OpenAI's original/ folder"
@@ -59,12 +59,12 @@ def check_quantization(content: Mapping[str, Any], layout: Layout, file: Path) -
     method = stated.get("quant_method") if isinstance(stated, dict) else stated
     if layout.experts == "mxfp4" and method != "mxfp4":
         raise CheckpointError(
-            f"{file}: quantization_config says {method!r}, but the experts are stored as MXFP4 blocks and scales; "
+            f"{file}: quantization_config says {repr(method)[:60]}, but the experts are stored as MXFP4 blocks and scales; "
             'expected quant_method "mxfp4" (transformers would fill in random experts)'
         )
     if layout.experts == "dense" and method is not None:
         raise CheckpointError(
-            f"{file}: quantization_config says {method!r}, but the experts are stored dense; remove that key"
+            f"{file}: quantization_config says {repr(method)[:60]}, but the experts are stored dense; remove that key"
         )
 
 
@@ -82,8 +82,8 @@ def to_model_config(
     if stated is not None and tuple(stated) != tuple(experts):
         layer = next((i for i, (a, b) in enumerate(zip(stated, experts)) if a != b), 0)
         raise CheckpointError(
-            f"{file} says {stated[layer]} experts in layer {layer} (num_experts or num_local_experts), but the router's "
-            f"weights there have {experts[layer]} rows; config and weights are of different models"
+            f"{file} says {str(stated[layer])[:24]} experts in layer {layer} (num_experts or num_local_experts), but the "
+            f"router's weights there have {experts[layer]} rows; config and weights are of different models"
         )
     try:
         fields = _FIELDS[content.get("model_type")](keys)
@@ -144,7 +144,7 @@ def _rope_fields(keys: Keys, longest: int) -> dict[str, Any]:
             "rope_scaling_factor": 1.0,
         }
     if kind != "yarn":
-        raise CheckpointError(f"{keys.file}: rope_type is {kind!r}; expected 'yarn' or 'default'")
+        raise CheckpointError(f"{keys.file}: rope_type is {repr(kind)[:60]}; expected 'yarn' or 'default'")
     factor = inner.number("factor")
     concentration = 0.1 * math.log(max(factor, 1.0)) + 1.0
     if factor > 1 and inner.find("truncate", default=True) is not False:

@@ -1,6 +1,6 @@
 """The projections of a model (attention's two of each layer, the unembedding) held in int8 on the CPU.
 
-In a model with packed experts they are half of what a token reads, and decoding is limited by reading. The checkpoint
+In a model with packed experts they are more than half of what a token reads, and decoding is limited by reading. The checkpoint
 keeps them as they are; they are rounded when it is loaded, in groups of 32 inputs that share a scale, as the weights of
 widely used files for llama.cpp are (Q8_0).
 """

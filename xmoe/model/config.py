@@ -138,7 +138,8 @@ class ModelConfig:
         for effort, k in (self.reasoning_effort or {}).items():
             if effort not in EFFORTS or not 1 <= k <= fewest:
                 raise ConfigError(
-                    f"model.reasoning_effort {{{effort}: {k}}}: expected {', '.join(EFFORTS)} with 1 to {fewest} experts each"
+                    f"model.reasoning_effort {{{str(effort)[:24]}: {_in_short(k)}}}: "
+                    f"expected {', '.join(EFFORTS)} with 1 to {fewest} experts each"
                 )
 
     # ------------------------------------------------------------------------------------------------ derived sizes

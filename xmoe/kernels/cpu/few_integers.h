@@ -2,8 +2,8 @@
  *
  * Where there are instructions for it, bf16 activations become 16-bit integers, 15 bits and a sign under a scale for each
  * group of the weight (or for 128 values of a longer one), which rounds all but those below a hundredth of the largest less
- * than bf16 has: products of such integers cost a third of decoding the weight into bf16 first, so that memory stays the
- * limit. Elsewhere, and for float activations, the weight is decoded vector by vector.
+ * than bf16 has. Products of such integers take fewer instructions than decoding the weight into bf16 first, so that for one
+ * row memory stays the limit. Elsewhere, and for float activations, the weight is decoded vector by vector.
  */
 #ifndef XMOE_CPU_FEW_INTEGERS_H
 #define XMOE_CPU_FEW_INTEGERS_H
